@@ -1,0 +1,58 @@
+"""Where the factors of every resident adapter lie: tables into one flat pool buffer.
+
+A *slot* is the index of a resident adapter. All tables live on the device of the pool and are
+read there, so that adapters come and go without a sync, a recapture or a compile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Bits of `ExpertLoraTables.layout`.
+FUSED_GATE_UP = 1  # gate and up share one A (PEFT's fused 3D parameters)
+SHARED_A13 = 2  # one gate/up A serves all experts (its offset is repeated)
+SHARED_B2 = 4  # one down B serves all experts (its offset is repeated)
+
+
+@dataclass
+class ExpertLoraTables:
+    """LoRA factors on the experts of one layer, for S slots and E experts (this rank's own).
+
+    An offset counts elements from the start of `pool`; -1 says that the adapter leaves that
+    expert's factor alone. I is this rank's share of the intermediate size. Blocks, row-major:
+
+    - a13: [rank_gate + rank_up, H], gate rows first; with FUSED_GATE_UP [rank_gate, H], used by both
+    - b13: [I, rank_gate] for gate, then [I, rank_up] for up
+    - a2:  [I, rank_down] (transposed, so that a cut along I is contiguous)
+    - b2:  [H, rank_down]
+
+    Gate, up: y += scale * B (A x). Down: the same with A = a2.T.
+    """
+
+    pool: torch.Tensor  # [elements], dtype of the factors
+    offset_a13: torch.Tensor  # int64 [S, E]
+    offset_b13: torch.Tensor  # int64 [S, E]
+    offset_a2: torch.Tensor  # int64 [S, E]
+    offset_b2: torch.Tensor  # int64 [S, E]
+    rank: torch.Tensor  # int32 [S, E, 3] gate, up, down; 0 = that projection isn't adapted
+    scale: torch.Tensor  # float32 [S, E, 3]
+    layout: torch.Tensor  # int32 [S], bits above
+
+
+@dataclass
+class DenseLoraTables:
+    """LoRA factors of P dense projections that read one input (q, k, v: P = 3; o: P = 1).
+
+    Blocks: a [rank, in], or [in, rank] where `a_transposed` (row-parallel projections, whose
+    input is cut by rank); b [out_p, rank]. Offsets as in ExpertLoraTables.
+    """
+
+    pool: torch.Tensor
+    offset_a: torch.Tensor  # int64 [S, P]
+    offset_b: torch.Tensor  # int64 [S, P]
+    rank: torch.Tensor  # int32 [S, P]; 0 = not adapted
+    scale: torch.Tensor  # float32 [S, P]
+    out_sizes: tuple[int, ...]  # this rank's output size of each projection
+    a_transposed: bool = False

@@ -1,0 +1,149 @@
+"""What a worker group is asked for and what it answers. Imports no torch: gateways use it too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True)
+class AdapterRef:
+    """One immutable adapter version of one tenant; the key of pool, KV and routing state."""
+
+    tenant_id: str
+    digest: str  # lowercase hex sha256
+
+    @property
+    def key(self) -> str:
+        return f"{self.tenant_id}/{self.digest}"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. Limits are checked by the gateway, not here.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch the filters off. Randomness is a
+    function of (`seed`, position), so a continuation draws what the first run would have drawn.
+    `logprobs` is the number of alternatives reported beside each chosen token, None for none.
+    Stop *strings* belong to the gateway, which holds the text; stop token ids belong here.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One sequence to generate.
+
+    `output_ids` holds tokens that an earlier group generated already (a continuation): they
+    count against `max_tokens` and are never sent again.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    tenant_id: str
+    adapter: AdapterRef | None = None  # None: the base model
+    output_ids: tuple[int, ...] = ()
+
+    def to_wire(self) -> dict[str, Any]:
+        s = self.sampling
+        return {
+            "id": self.request_id,
+            "prompt": list(self.prompt_ids),
+            "tenant": self.tenant_id,
+            "adapter": self.adapter.digest if self.adapter else None,
+            "output": list(self.output_ids),
+            "sampling": {
+                name: list(v) if isinstance(v, tuple) else v for name, v in vars(s).items()
+            },
+        }
+
+    @classmethod
+    def from_wire(cls, msg: dict[str, Any]) -> GenerationRequest:
+        sampling = dict(msg["sampling"])
+        sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
+        return cls(
+            request_id=msg["id"],
+            prompt_ids=tuple(msg["prompt"]),
+            sampling=SamplingParams(**sampling),
+            tenant_id=msg["tenant"],
+            adapter=AdapterRef(msg["tenant"], msg["adapter"]) if msg["adapter"] else None,
+            output_ids=tuple(msg["output"]),
+        )
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural-log probability of one token, before temperature and filters."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 = most likely
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+
+
+@dataclass
+class TokenOutput:
+    """What one engine step produced for one request.
+
+    `tier` is set on the first output: where the adapter was when the request was admitted.
+    `error_code` is stable ("adapter_load_failed", "context_length_exceeded", "nonfinite_logits",
+    "adapter_too_large", "engine_failed", ...); `error` says it in words.
+    """
+
+    request_id: str
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    finish_reason: FinishReason | None = None
+    error_code: str | None = None
+    error: str | None = None
+    tier: str | None = None  # "base" | "gpu" | "host" | "disk" | "s3"
+    cached_tokens: int = 0
+
+    def to_wire(self) -> dict[str, Any]:
+        def lp(x: TokenLogprob | None) -> list[Any] | None:
+            return [x.token_id, x.logprob, x.rank, [list(t) for t in x.top]] if x else None
+
+        msg: dict[str, Any] = {"id": self.request_id, "tok": self.token_ids}
+        if self.logprobs:
+            msg["lp"] = [lp(x) for x in self.logprobs]
+        if self.prompt_logprobs is not None:
+            msg["plp"] = [lp(x) for x in self.prompt_logprobs]
+        for name in ("finish_reason", "error_code", "error", "tier"):
+            if getattr(self, name) is not None:
+                msg[name] = getattr(self, name)
+        if self.cached_tokens:
+            msg["cached"] = self.cached_tokens
+        return msg
+
+    @classmethod
+    def from_wire(cls, msg: dict[str, Any]) -> TokenOutput:
+        def lp(x: list[Any] | None) -> TokenLogprob | None:
+            if x is None:
+                return None
+            return TokenLogprob(x[0], x[1], x[2], tuple((t[0], t[1]) for t in x[3]))
+
+        return cls(
+            request_id=msg["id"],
+            token_ids=msg["tok"],
+            logprobs=[y for x in msg.get("lp", ()) if (y := lp(x)) is not None],
+            prompt_logprobs=[lp(x) for x in msg["plp"]] if "plp" in msg else None,
+            finish_reason=msg.get("finish_reason"),
+            error_code=msg.get("error_code"),
+            error=msg.get("error"),
+            tier=msg.get("tier"),
+            cached_tokens=msg.get("cached", 0),
+        )
