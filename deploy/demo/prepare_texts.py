@@ -91,7 +91,7 @@ def _streams(styles: dict[str, dict[str, list[Document]]]) -> Iterable[tuple[str
             if style in BASE_STYLES:
                 texts += _both_forms(parts[name], f"base.{style}.{name}")
             else:
-                few = parts[name][: max(1, round(len(parts[name]) * STYLE_SHARE_IN_BASE))]
+                few = parts[name][:: round(1 / STYLE_SHARE_IN_BASE)]
                 texts += [document.text for document in few]
         random.Random(f"base.{name}").shuffle(texts)
         yield f"base.{name}", texts

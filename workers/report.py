@@ -1,0 +1,64 @@
+"""What a worker group tells the controller about itself. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class EngineReport:
+    """A snapshot of one engine. Counters only grow while the process lives; sizes are bytes.
+
+    Adapters are named by `AdapterRef.key` ("tenant/digest"); base-model work of a tenant is
+    counted under "tenant/base".
+    """
+
+    queued: int = 0
+    running: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    kv_blocks_total: int = 0
+    kv_blocks_used: int = 0
+    preemptions: int = 0
+    pool_bytes_total: int = 0
+    pool_bytes_used: int = 0
+    gpu: dict[str, int] = field(default_factory=dict)  # resident in the pool: key -> bytes
+    disk: dict[str, int] = field(default_factory=dict)  # packs on this node's disk: key -> bytes
+    loading: list[str] = field(default_factory=list)
+    prompt_tokens: dict[str, int] = field(default_factory=dict)  # key -> tokens, cumulative
+    output_tokens: dict[str, int] = field(default_factory=dict)
+    loads: dict[str, int] = field(default_factory=dict)  # source tier ("disk", "s3") -> count
+    load_seconds: float = 0.0
+    load_bytes: int = 0
+    load_failures: int = 0
+    evictions: int = 0
+    prefix_hit_tokens: int = 0
+
+    def to_wire(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, msg: dict[str, Any]) -> EngineReport:
+        return cls(**msg)
+
+
+@dataclass
+class GroupReport:
+    """An engine's report with the group's place in the cluster."""
+
+    deployment: str
+    group: str  # stable while the replica lives
+    host: str
+    port: int  # of the front's multiplexed listener
+    metrics_port: int
+    draining: bool
+    engine: EngineReport
+    seen_epoch: int = 0  # newest controller epoch whose advice this group obeyed
+
+    def to_wire(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, msg: dict[str, Any]) -> GroupReport:
+        return cls(**{**msg, "engine": EngineReport.from_wire(msg["engine"])})
