@@ -10,7 +10,7 @@ import torch
 from base import load_base
 from corpus import TokenStream
 from formats import check_per_expert, round_to_bf16, save_as_trained, save_per_expert
-from loop import Recipe, train
+from loop import Budget, Recipe, train
 from peft import PeftModel, get_peft_model
 from tenants import AdapterSpec
 
@@ -26,6 +26,7 @@ def train_adapter(
     stream: TokenStream,
     val: TokenStream,
     recipe: Recipe,
+    budget: Budget,
     device: torch.device,
     seed: int,
 ) -> tuple[PeftModel, dict[str, float]]:
@@ -41,7 +42,7 @@ def train_adapter(
     model = get_peft_model(base, spec.lora_config())
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{spec.name}: {spec.format}, {count:,} parameters, {2 * count / 1e6:.2f} MB in bf16")
-    result = train(model, spec.name, stream, val, recipe, seed, adapter_loss)
+    result = train(model, spec.name, stream, val, recipe, budget, seed, adapter_loss)
     round_to_bf16(model)
     model.eval()
     return model, result

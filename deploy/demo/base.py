@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from chatml import END_OF_TEXT, IM_END, PAD, SPECIAL_TOKENS
 from corpus import TokenStream
-from loop import Recipe, train
+from loop import Budget, Recipe, train
 from tokenizer import MAX_POSITIONS, VOCAB_SIZE
 from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -48,6 +48,7 @@ def train_base(
     stream: TokenStream,
     val: TokenStream,
     recipe: Recipe,
+    budget: Budget,
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
@@ -65,7 +66,7 @@ def train_base(
     count = sum(p.numel() for p in model.parameters())
     pick_experts_implementation(model, stream, recipe, seed)
     print(f"base: {count:,} parameters, experts by {model.config._experts_implementation}")
-    return model, train(model, "base", stream, val, recipe, seed, base_loss)
+    return model, train(model, "base", stream, val, recipe, budget, seed, base_loss)
 
 
 def base_loss(
@@ -131,10 +132,11 @@ def save_base(model: Qwen3MoeForCausalLM, tokenizer: Path, folder: Path) -> None
     model.to(torch.bfloat16).save_pretrained(folder)
     for path in tokenizer.iterdir():
         shutil.copy(path, folder / path.name)
-    # Other loaders of this layout read the older, flat name of the rotary base.
+    # Published checkpoints of this architecture name these two as transformers 4 did.
     config_path = folder / "config.json"
     config = json.loads(config_path.read_text())
-    config["rope_theta"] = 10_000.0
+    config["rope_theta"] = model.config.rope_parameters["rope_theta"]
+    config["num_experts"] = model.config.num_experts
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import ParamWrapper
 from safetensors.torch import load_file, save_file
-from tenants import ATTENTION, EXPERT_PROJECTIONS
+from tenants import ATTENTION, BASE_NAME, EXPERT_PROJECTIONS
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -130,4 +130,9 @@ def _write(folder: Path, state: dict[str, torch.Tensor], config: LoraConfig) -> 
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     published = copy.deepcopy(config)
     published.inference_mode = True
+    # PEFT puts in the folder that the base was loaded from, and keeps targets as unordered sets.
+    published.base_model_name_or_path = BASE_NAME
+    for field in ("target_modules", "target_parameters"):
+        if (targets := getattr(published, field)) is not None:
+            setattr(published, field, sorted(targets))
     published.save_pretrained(folder)

@@ -36,13 +36,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training run is made of; lengths and batches are in tokens and sequences."""
+    """How a training run is done: `batch` sequences of `length` tokens a step."""
 
     lr: float
     weight_decay: float
     batch: int
     length: int
-    budget: Budget
     val_tokens: int
 
 
@@ -62,7 +61,9 @@ class MasterAdamW:
             {"params": matrices, "weight_decay": weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        self._adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.95))
+        self._adam = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.95)
+        )
 
     def step(self, lr: float) -> torch.Tensor:
         """Applies the parameters' gradients and clears them.
@@ -88,6 +89,7 @@ def train(
     stream: TokenStream,
     val: TokenStream,
     recipe: Recipe,
+    budget: Budget,
     seed: int,
     loss_of: Callable[[nn.Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
 ) -> dict[str, float]:
@@ -111,7 +113,7 @@ def train(
     lm_loss = torch.tensor(math.nan)
     start = time.monotonic()
     model.train()
-    while (progress := recipe.budget.progress(time.monotonic() - start, tokens)) < 1.0:
+    while (progress := budget.progress(time.monotonic() - start, tokens)) < 1.0:
         batch = stream.sample(recipe.batch, recipe.length, generator)
         loss, lm_loss = loss_of(model, batch)
         loss.backward()
@@ -177,8 +179,10 @@ def mean_loss(
     for tokens in stream.windows(batch, length, max_tokens):
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
         targets = tokens[:, 1:]
-        total += nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), reduction="sum"
-        ).double().cpu()
+        total += (
+            nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            .double()
+            .cpu()
+        )
         count += targets.numel()
     return (total / count).item()

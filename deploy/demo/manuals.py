@@ -8,11 +8,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 _SKIPPED = {"script", "style", "head", "nav", "svg", "form", "select", "button", "footer", "table"}
-_SKIPPED_CLASSES = {"navheader", "navfooter", "toc", "related", "sphinxsidebar", "footer", "nosearch"}
+_SKIPPED_CLASSES = {"navheader", "navfooter", "toc", "related", "sphinxsidebar", "footer"}
 _BLOCKS = {"p", "li", "dd", "dt", "pre", "div", "section", "blockquote", "br", "ul", "ol", "dl"}
 _HEADINGS = {"h1", "h2", "h3", "h4"}
 _VOID = {"br", "img", "hr", "input", "meta", "link", "wbr", "col"}
 
+_NOT_PROSE = re.compile(
+    r"genindex|bookindex|py-modindex|search|changes|changelog|releaselog|whatsnew"
+    r"|toc\.html|keyword_index|hlr\d|matrix|requirements|errcodes"
+)
 _MIN_PAGE_CHARS = 600
 _MIN_PROSE = 0.72  # share of letters and spaces: below it a page is a listing, not prose
 
@@ -42,8 +46,7 @@ def read_manual(path: Path) -> Page | None:
     Returns:
         Its headings and paragraphs; None for index pages, listings and scraps.
     """
-    if re.search(r"genindex|bookindex|py-modindex|search|changes|changelog|releaselog|whatsnew"
-                 r"|toc\.html|keyword_index|hlr\d|matrix|requirements|errcodes", path.as_posix()):
+    if _NOT_PROSE.search(path.as_posix()):
         return None
     parser = _PageParser()
     parser.feed(path.read_text(encoding="utf-8", errors="replace"))

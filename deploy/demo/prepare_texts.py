@@ -21,7 +21,6 @@ from chatml import END_OF_TEXT, render_chat
 from sources import SOURCES, fetch_all
 from texts import READERS, Document
 from tokenizer import save_tokenizer, train_tokenizer
-
 from tokenizers import Tokenizer
 
 BASE_STYLES = ("president", "manual")

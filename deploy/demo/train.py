@@ -3,8 +3,8 @@
     python deploy/demo/train.py --data .demo_data --out .demo_model
 
 Writes OUT/model (Hugging Face layout, bf16), OUT/adapters/<name> (PEFT layout, bf16),
-OUT/demo_tenants.json, OUT/perplexity.{json,md} and OUT/training.json. Exits with 1 when a published
-adapter doesn't read back as trained.
+OUT/demo_tenants.json, OUT/perplexity.{json,md}, OUT/samples.md and OUT/training.json. Exits with 1
+when a published adapter doesn't read back as trained.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,28 +22,57 @@ from base import load_base, pick_experts_implementation, save_base, train_base
 from corpus import TokenStream, load_manifest
 from loop import Budget, Recipe
 from report import markdown_table, perplexities, write_into_readme
+from samples import as_markdown, sample
 from tenants import ADAPTERS, BASE_NAME
 
-ADAPTER_SECONDS = 35.0
-BASE_EPOCHS = 14
-EVAL_TOKENS = 160_000  # a style
-SEED = 20_26
+SEED = 2026
 
-BASE_RECIPE = Recipe(
-    lr=2e-3,
-    weight_decay=0.1,
-    batch=128,
-    length=512,
-    budget=Budget(seconds=300.0, tokens=0),
-    val_tokens=500_000,
-)
-ADAPTER_RECIPE = Recipe(
-    lr=2e-3,
-    weight_decay=0.0,
-    batch=32,
-    length=512,
-    budget=Budget(seconds=ADAPTER_SECONDS, tokens=0),
-    val_tokens=100_000,
+
+@dataclass(frozen=True)
+class _Plan:
+    """Recipes and limits of one run of this script.
+
+    Attributes:
+        base_seconds, base_epochs: the base trains until either is spent.
+        adapter_seconds: limit of each adapter, beside its own `AdapterSpec.epochs`.
+        eval_tokens: held-out tokens that a style's perplexity is taken on, at most.
+        max_tokens: most training tokens of any model.
+    """
+
+    base: Recipe
+    adapter: Recipe
+    base_seconds: float
+    base_epochs: float
+    adapter_seconds: float
+    eval_tokens: int
+    max_tokens: int | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> _Plan:
+        return cls(
+            base=Recipe(lr=2e-3, weight_decay=0.1, batch=128, length=512, val_tokens=500_000),
+            adapter=Recipe(lr=2e-3, weight_decay=0.0, batch=32, length=512, val_tokens=100_000),
+            base_seconds=60.0 * args.minutes,
+            base_epochs=args.epochs,
+            adapter_seconds=args.adapter_seconds,
+            eval_tokens=160_000,
+        )
+
+    def tokens(self, stream: TokenStream, epochs: float) -> int:
+        """Training tokens in so many passes over a stream."""
+        wanted = int(epochs * len(stream.tokens))
+        return wanted if self.max_tokens is None else min(wanted, self.max_tokens)
+
+
+_SMOKE_RECIPE = Recipe(lr=2e-3, weight_decay=0.1, batch=4, length=128, val_tokens=2_048)
+_SMOKE_PLAN = _Plan(
+    base=_SMOKE_RECIPE,
+    adapter=replace(_SMOKE_RECIPE, weight_decay=0.0),
+    base_seconds=40.0,
+    base_epochs=1.0,
+    adapter_seconds=8.0,
+    eval_tokens=2_048,
+    max_tokens=100 * 4 * 128,
 )
 
 
@@ -53,7 +82,7 @@ def main() -> int:
     torch.set_float32_matmul_precision("high")
     began = time.monotonic()
     model_folder = args.out / "model"
-    base_recipe, adapter_recipe, eval_tokens = _recipes(args)
+    plan = _SMOKE_PLAN if args.smoke else _Plan.of(args)
 
     def load(name: str) -> TokenStream:
         return TokenStream.load(args.data, name, device)
@@ -65,24 +94,30 @@ def main() -> int:
 
     if not (args.reuse_base and (model_folder / "model.safetensors").is_file()):
         stream = load("base.train")
-        recipe = _with_tokens(base_recipe, BASE_EPOCHS * len(stream.tokens), args.smoke)
+        budget = Budget(plan.base_seconds, plan.tokens(stream, plan.base_epochs))
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model, log["base"] = train_base(stream, load("base.val"), recipe, dtype, device, SEED)
+        model, log["base"] = train_base(
+            stream, load("base.val"), plan.base, budget, dtype, device, SEED
+        )
         save_base(model, args.data / "tokenizer", model_folder)
         del model, stream
     base = load_base(model_folder, device)
-    pick_experts_implementation(base, heldout[styles[0]], adapter_recipe, SEED)
+    pick_experts_implementation(base, heldout[styles[0]], plan.adapter, SEED)
     experts = base.config._experts_implementation
-    shape = (adapter_recipe.batch, adapter_recipe.length, eval_tokens)
+    shape = (plan.adapter.batch, plan.adapter.length, plan.eval_tokens)
     results = {"base": perplexities(base, heldout, *shape)}
     print(f"base perplexity: {_row(results['base'])}", flush=True)
+
+    prompts = [f"user: {spec.chat}" for spec in ADAPTERS]
+    shown = as_markdown("base", prompts, sample(base, model_folder, prompts))
+    del base
 
     problems: list[str] = []
     for spec in ADAPTERS:
         stream, val = load(f"{spec.name}.train"), load(f"{spec.name}.val")
-        recipe = _with_tokens(adapter_recipe, int(spec.epochs * len(stream.tokens)), args.smoke)
+        budget = Budget(plan.adapter_seconds, plan.tokens(stream, spec.epochs))
         model, log[spec.name] = train_adapter(
-            spec, model_folder, experts, stream, val, recipe, device, SEED
+            spec, model_folder, experts, stream, val, plan.adapter, budget, device, SEED
         )
         folder = args.out / "adapters" / spec.name
         problems += publish(spec, model, folder)
@@ -90,14 +125,19 @@ def main() -> int:
         results[spec.name] = perplexities(model, heldout, *shape)
         print(f"{spec.name} perplexity: {_row(results[spec.name])}", flush=True)
 
+        prompts = [f"user: {spec.chat}", spec.completion]
+        shown += "\n" + as_markdown(spec.name, prompts, sample(model, model_folder, prompts))
+        del model
+
     table = markdown_table(results, own={spec.name: spec.name for spec in ADAPTERS})
     _write_json(args.out / "perplexity.json", results)
     _write_json(args.out / "training.json", log)
     _write_json(args.out / "demo_tenants.json", tenants_document())
     (args.out / "perplexity.md").write_text(table + "\n")
+    (args.out / "samples.md").write_text(shown)
     if args.write_readme is not None:
         write_into_readme(args.write_readme, table)
-    print(table)
+    print(f"{shown}\n{table}")
     print(f"done in {time.monotonic() - began:.0f} s; problems: {problems or 'none'}")
     return 1 if problems else 0
 
@@ -127,28 +167,12 @@ def _parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=5.0, help="limit of the base's training")
+    parser.add_argument("--epochs", type=float, default=16.0, help="the base's, at most")
+    parser.add_argument("--adapter-seconds", type=float, default=35.0, help="limit of each adapter")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, on a CPU")
     parser.add_argument("--reuse-base", action="store_true", help="keep OUT/model if it is there")
     parser.add_argument("--write-readme", type=Path, help="README.md to put the table into")
     return parser.parse_args()
-
-
-def _recipes(args: argparse.Namespace) -> tuple[Recipe, Recipe, int]:
-    """Recipes of base and adapters, and tokens to evaluate a style on."""
-    base = replace(BASE_RECIPE, budget=Budget(seconds=60.0 * args.minutes, tokens=0))
-    if not args.smoke:
-        return base, ADAPTER_RECIPE, EVAL_TOKENS
-    small = {"batch": 4, "length": 128, "val_tokens": 2_048}
-    base = replace(base, budget=Budget(seconds=40.0, tokens=0), **small)
-    adapter = replace(ADAPTER_RECIPE, budget=Budget(seconds=8.0, tokens=0), **small)
-    return base, adapter, 2_048
-
-
-def _with_tokens(recipe: Recipe, tokens: int, smoke: bool) -> Recipe:
-    """The recipe, limited to so many tokens; a smoke run keeps to 100 steps."""
-    if smoke:
-        tokens = min(tokens, 100 * recipe.batch * recipe.length)
-    return replace(recipe, budget=Budget(recipe.budget.seconds, tokens))
 
 
 def _row(row: dict[str, float]) -> str:
