@@ -10,6 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .engine_process import EngineLike, LinkAddress, RankProgram, run_rank
+    from .errors import GroupFailed, WireAuthError, WireError
+    from .front import FrontConfig, GroupFront
     from .report import EngineReport, GroupReport
     from .request import (
         AdapterRef,
@@ -19,27 +22,65 @@ if TYPE_CHECKING:
         TokenLogprob,
         TokenOutput,
     )
+    from .wire import (
+        DEAD_AFTER_S,
+        HANDSHAKE_TIMEOUT_S,
+        PING_EVERY_S,
+        ClientHandshake,
+        Frame,
+        FrameProtocol,
+    )
 
 _HOME = {
     "AdapterRef": "request",
+    "ClientHandshake": "wire",
+    "DEAD_AFTER_S": "wire",
+    "EngineLike": "engine_process",
     "EngineReport": "report",
     "FinishReason": "request",
+    "Frame": "wire",
+    "FrameProtocol": "wire",
+    "FrontConfig": "front",
     "GenerationRequest": "request",
+    "GroupFailed": "errors",
+    "GroupFront": "front",
     "GroupReport": "report",
+    "HANDSHAKE_TIMEOUT_S": "wire",
+    "LinkAddress": "engine_process",
+    "PING_EVERY_S": "wire",
+    "RankProgram": "engine_process",
     "SamplingParams": "request",
     "TokenLogprob": "request",
     "TokenOutput": "request",
+    "WireAuthError": "errors",
+    "WireError": "errors",
+    "run_rank": "engine_process",
 }
 
 __all__ = [
+    "DEAD_AFTER_S",
+    "HANDSHAKE_TIMEOUT_S",
+    "PING_EVERY_S",
     "AdapterRef",
+    "ClientHandshake",
+    "EngineLike",
     "EngineReport",
     "FinishReason",
+    "Frame",
+    "FrameProtocol",
+    "FrontConfig",
     "GenerationRequest",
+    "GroupFailed",
+    "GroupFront",
     "GroupReport",
+    "LinkAddress",
+    "RankProgram",
     "SamplingParams",
     "TokenLogprob",
     "TokenOutput",
+    "WireAuthError",
+    "WireError",
+    "run_rank",
 ]
 
 

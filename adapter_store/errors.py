@@ -1,0 +1,69 @@
+"""Errors raised by the adapter store."""
+
+from __future__ import annotations
+
+
+class AdapterStoreError(Exception):
+    """Base of every error the adapter store raises on purpose."""
+
+
+class BaseModelError(AdapterStoreError):
+    """A model folder can't be read as a base model."""
+
+
+class InvalidName(AdapterStoreError):
+    """A tenant's or adapter's name is outside the stated alphabet."""
+
+
+class AdapterRefused(AdapterStoreError):
+    """An upload isn't an adapter that can be served on this base model.
+
+    Attributes:
+        code: stable, machine-readable reason, one of `REFUSAL_CODES`.
+        message: what is wrong, with which name and value, and what would be right.
+        key: the tensor key or the adapter_config.json field at fault, None when it is the whole
+            upload.
+    """
+
+    def __init__(self, code: str, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.key = key
+
+    def __reduce__(self) -> tuple[type[AdapterRefused], tuple[str, str, str | None]]:
+        # It crosses process borders; Exception's own pickling would pass the message alone.
+        return type(self), (self.code, self.message, self.key)
+
+
+REFUSAL_CODES = {
+    "not_safetensors": "the weights file isn't safetensors (a pickle, a zip, cut short, ...)",
+    "bad_header": "the safetensors header contradicts itself or the file",
+    "bad_config": "adapter_config.json can't be read, or a field has a value it can't have",
+    "unsupported_peft_type": "another PEFT method than LoRA",
+    "unsupported_feature": "a LoRA variant or training option that isn't served",
+    "wrong_base": "made for another base model",
+    "unknown_key": "a tensor whose name isn't one of a LoRA factor of this model",
+    "unsupported_target": "a LoRA factor of a module that isn't served (router, lm_head, ...)",
+    "not_targeted": "a tensor of a module that adapter_config.json doesn't target",
+    "duplicate_key": "two tensors for one factor",
+    "missing_pair": "a LoRA A without its B, or the other way round",
+    "unsupported_dtype": "a tensor that is neither F32, F16 nor BF16",
+    "wrong_shape": "a factor whose shape doesn't fit the base model and the configured rank",
+    "ambiguous_layout": "fused expert factors whose orientation nothing decides",
+    "rank_limit": "a rank outside 1 to 256",
+    "non_finite": "a factor with NaN or infinite values",
+    "empty_adapter": "no tensor at all",
+}
+
+
+class PackCorrupt(AdapterStoreError):
+    """A pack file's bytes aren't those that were written (or it isn't a pack at all)."""
+
+
+class PackVersionError(AdapterStoreError):
+    """A pack of another format version: remake it from its source."""
+
+
+class PackLayoutError(AdapterStoreError):
+    """A part of a pack was asked for that its layout can't give."""

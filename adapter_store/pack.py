@@ -1,0 +1,273 @@
+"""Reading a pack file: numpy views over one mapping, no copy but where chunks are joined."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .canonical import NUMPY_DTYPES, DtypeName
+from .errors import PackCorrupt, PackLayoutError, PackVersionError
+from .pack_layout import (
+    BLOCK_BYTES,
+    DATA_ALIGN,
+    MAGIC,
+    PACK_VERSION,
+    PREAMBLE,
+    DenseEntry,
+    ExpertEntry,
+    Geometry,
+    LayerSpans,
+    PackLayer,
+    Span,
+    align,
+    lay_out,
+)
+
+
+class Pack:
+    """An open pack. Arrays are read-only; those without a copy stay valid while anyone holds them.
+
+    BF16 comes as uint16 bits. Where a method takes `layer`, give the PackLayer or its model index.
+
+    Attributes:
+        path: the file. nbytes: its size.
+        digest: of the adapter, sha256 hex. base_fingerprint: of the model that it is made for.
+        dtype: of every factor. hidden: H. intermediate: I. chunks: parts that I is stored in,
+            the largest tensor-parallel size that it can be cut for.
+        layers: the adapted layers, ascending by index.
+    """
+
+    def __init__(self, path: Path, data: mmap.mmap, header: dict[str, Any], data_start: int):
+        self.path = path
+        self.nbytes = len(data)
+        self.digest: str = header["digest"]
+        self.base_fingerprint: str = header["base_fingerprint"]
+        self.dtype: DtypeName = header["dtype"]
+        self.hidden: int = header["hidden"]
+        self.intermediate: int = header["intermediate"]
+        self._numpy_dtype = NUMPY_DTYPES[self.dtype]
+        self._geometry = Geometry(self.hidden, self.intermediate, self._numpy_dtype.itemsize)
+        self.chunks = self._geometry.chunks
+        self.layers = tuple(_layer_from_json(entry) for entry in header["layers"])
+        self._data = data
+        self._data_start = data_start
+        self._spans: dict[int, LayerSpans] = {}
+        at = 0
+        for layer, entry in zip(self.layers, header["layers"], strict=True):
+            spans = lay_out(layer, self._geometry, at)
+            if [*spans.replicated, *spans.cut] != [*entry["replicated"], *entry["cut"]]:
+                raise PackCorrupt(f"{path}: the sections of layer {layer.index} don't add up")
+            at = spans.cut[1]
+            self._spans[layer.index] = spans
+        if at != header["data_bytes"]:
+            raise PackCorrupt(f"{path}: layers end at byte {at} of {header['data_bytes']}")
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], verify: bool = True) -> Pack:
+        """Maps a pack.
+
+        Args:
+            verify: check every block's CRC32, which reads the whole file. The header's is always
+                checked, and so is the file's size.
+
+        Raises:
+            PackCorrupt: the bytes aren't those that were written.
+            PackVersionError: another format version; remake the pack from its source.
+            OSError: the file can't be read.
+        """
+        path = Path(path)
+        with path.open("rb") as file:
+            header, data_start = _read_header(path, file.read(struct.calcsize(PREAMBLE)), file)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        expected = data_start + header["data_bytes"]
+        if len(data) != expected:
+            raise PackCorrupt(f"{path} has {len(data)} bytes, {expected} were written")
+        if verify:
+            _verify(path, data, header["crc32"], data_start)
+        try:
+            return cls(path, data, header, data_start)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PackCorrupt(f"{path}: the header lacks or mistypes {error}") from error
+
+    def dense_a(
+        self, layer: PackLayer | int, target: str, rows: tuple[int, int] | None = None
+    ) -> np.ndarray:
+        """A of a dense target: [r, in]; transposed, [in, r], where cut is "row".
+
+        Args:
+            rows: (low, high) takes that part of dimension 0.
+        """
+        return self._rows(self._dense(layer, target).dense_a[target], rows)
+
+    def dense_b(
+        self, layer: PackLayer | int, target: str, rows: tuple[int, int] | None = None
+    ) -> np.ndarray:
+        """B of a dense target, [out, r]. Arguments as for `dense_a`."""
+        return self._rows(self._dense(layer, target).dense_b[target], rows)
+
+    def a13(self, layer: PackLayer | int, i: int) -> np.ndarray:
+        """A of gate and up of expert ids[i]: [r_gate + r_up, H], gate first; fused: [r_gate, H]."""
+        spans, experts = self._experts(layer, i)
+        return self._view(spans.a13[0 if experts.shared_a13 else i])
+
+    def b2(self, layer: PackLayer | int, i: int) -> np.ndarray:
+        """B of down of expert ids[i], [H, r_down]."""
+        spans, experts = self._experts(layer, i)
+        return self._view(spans.b2[0 if experts.shared_b2 else i])
+
+    def b13(
+        self,
+        layer: PackLayer | int,
+        i: int,
+        part: Literal["gate", "up"],
+        tp_rank: int = 0,
+        tp_size: int = 1,
+    ) -> np.ndarray:
+        """B of gate or up of expert ids[i]: this rank's rows, [I / tp_size, r]. A copy.
+
+        Raises:
+            PackLayoutError: tp_size doesn't divide the number of chunks.
+        """
+        spans, _ = self._experts(layer, i)
+        chunk = spans.chunk[i]
+        return self._join(spans, chunk.gate if part == "gate" else chunk.up, tp_rank, tp_size)
+
+    def a2(self, layer: PackLayer | int, i: int, tp_rank: int = 0, tp_size: int = 1) -> np.ndarray:
+        """A of down of expert ids[i], transposed: this rank's rows, [I / tp_size, r]. A copy.
+
+        Raises:
+            PackLayoutError: tp_size doesn't divide the number of chunks.
+        """
+        spans, _ = self._experts(layer, i)
+        return self._join(spans, spans.chunk[i].a2, tp_rank, tp_size)
+
+    def _dense(self, layer: PackLayer | int, target: str) -> LayerSpans:
+        spans = self._layer(layer)
+        if target not in spans.dense_a:
+            raise PackLayoutError(
+                f"{self.path}: layer {_index(layer)} has no {target!r}; it has "
+                f"{', '.join(spans.dense_a) or 'no dense target'}"
+            )
+        return spans
+
+    def _experts(self, layer: PackLayer | int, i: int) -> tuple[LayerSpans, ExpertEntry]:
+        spans = self._layer(layer)
+        experts = next(x.experts for x in self.layers if x.index == _index(layer))
+        if experts is None or not 0 <= i < len(experts.ids):
+            raise PackLayoutError(
+                f"{self.path}: layer {_index(layer)} has {len(experts.ids) if experts else 0} "
+                f"adapted experts, position {i} was asked for"
+            )
+        return spans, experts
+
+    def _layer(self, layer: PackLayer | int) -> LayerSpans:
+        try:
+            return self._spans[_index(layer)]
+        except KeyError:
+            raise PackLayoutError(
+                f"{self.path}: layer {_index(layer)} isn't adapted; adapted: {sorted(self._spans)}"
+            ) from None
+
+    def _view(self, span: Span, shift: int = 0) -> np.ndarray:
+        rows, columns = span.shape
+        start = self._data_start + span.offset + shift
+        return np.frombuffer(self._data, self._numpy_dtype, rows * columns, start).reshape(
+            span.shape
+        )
+
+    def _rows(self, span: Span, rows: tuple[int, int] | None) -> np.ndarray:
+        view = self._view(span)
+        if rows is None:
+            return view
+        low, high = rows
+        if not 0 <= low <= high <= span.shape[0]:
+            raise PackLayoutError(f"rows {low}:{high} of a tensor of {span.shape[0]} rows")
+        return view[low:high]
+
+    def _join(self, spans: LayerSpans, span: Span, tp_rank: int, tp_size: int) -> np.ndarray:
+        if tp_size < 1 or self.chunks % tp_size or not 0 <= tp_rank < tp_size:
+            raise PackLayoutError(
+                f"rank {tp_rank} of {tp_size} can't be cut: this pack stores the intermediate "
+                f"size {self.intermediate} in {self.chunks} chunks, so the tensor-parallel size "
+                f"must divide {self.chunks}"
+            )
+        mine = self.chunks // tp_size
+        first = spans.chunk_start + tp_rank * mine * spans.chunk_bytes
+        parts = [self._view(span, first + c * spans.chunk_bytes) for c in range(mine)]
+        return np.concatenate(parts)
+
+
+def _index(layer: PackLayer | int) -> int:
+    return layer if isinstance(layer, int) else layer.index
+
+
+def _read_header(path: Path, preamble: bytes, file: Any) -> tuple[dict[str, Any], int]:
+    size = struct.calcsize(PREAMBLE)
+    if len(preamble) < size:
+        raise PackCorrupt(f"{path} has {len(preamble)} bytes, too few for a pack")
+    magic, version, length, crc = struct.unpack(PREAMBLE, preamble)
+    if magic != MAGIC:
+        raise PackCorrupt(f"{path} isn't a pack: it begins with {magic!r}, not {MAGIC!r}")
+    if version != PACK_VERSION:
+        raise PackVersionError(
+            f"{path} is of pack version {version}, this program reads {PACK_VERSION}; "
+            "remake it from its source"
+        )
+    raw = file.read(min(length, os.fstat(file.fileno()).st_size))
+    if len(raw) != length or zlib.crc32(raw, zlib.crc32(preamble[:-4])) != crc:
+        raise PackCorrupt(f"{path}: the header doesn't match its checksum")
+    try:
+        header = json.loads(raw)
+    except ValueError as error:
+        raise PackCorrupt(f"{path}: the header isn't JSON: {error}") from error
+    return header, align(size + length, DATA_ALIGN)
+
+
+def _verify(path: Path, data: mmap.mmap, crcs: str, data_start: int) -> None:
+    view = memoryview(data)
+    starts = range(data_start, len(data), BLOCK_BYTES)
+    if len(crcs) != 8 * len(starts):
+        raise PackCorrupt(f"{path}: {len(crcs) // 8} checksums for {len(starts)} blocks")
+    for block, start in enumerate(starts):
+        if zlib.crc32(view[start : start + BLOCK_BYTES]) != int(crcs[8 * block :][:8], 16):
+            raise PackCorrupt(
+                f"{path}: bytes {start} to {min(start + BLOCK_BYTES, len(data))} don't match "
+                "their checksum"
+            )
+
+
+def layer_to_json(layer: PackLayer, spans: LayerSpans) -> dict[str, Any]:
+    """The header's entry of one layer; `_layer_from_json` reads it."""
+    entry: dict[str, Any] = {
+        "index": layer.index,
+        "replicated": spans.replicated,
+        "cut": spans.cut,
+        "dense": {name: vars(e) for name, e in layer.dense.items()},
+    }
+    if layer.experts is not None:
+        entry["experts"] = vars(layer.experts)
+    return entry
+
+
+def _layer_from_json(entry: dict[str, Any]) -> PackLayer:
+    experts = entry.get("experts")
+    return PackLayer(
+        index=entry["index"],
+        dense={name: DenseEntry(**e) for name, e in sorted(entry["dense"].items())},
+        experts=experts
+        and ExpertEntry(
+            **experts
+            | {
+                "ids": tuple(experts["ids"]),
+                "rank": tuple(tuple(r) for r in experts["rank"]),
+                "scale": tuple(tuple(s) for s in experts["scale"]),
+            }
+        ),
+    )

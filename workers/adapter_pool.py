@@ -1,0 +1,289 @@
+"""The adapter pool of one rank: factors in one flat buffer, tables that point into it.
+
+Capacity is bytes. Every block (one factor of one adapter, layer and expert) lies where the pages
+had room; the tables of `loraplex.kernels` say where. Slots only number the resident adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..adapter_store import Pack
+from ..kernels import (
+    FUSED_GATE_UP,
+    SHARED_A13,
+    SHARED_B2,
+    DenseLoraTables,
+    ExpertLoraTables,
+)
+from .config import ModelConfig
+from .errors import AdapterTooLarge, PoolFull, WorkerError
+from .pool_pages import BlockLayout, Pages
+from .shard import Shard
+
+_TORCH_OF = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ALIGN_BYTES = 16
+_MIN_PAGE, _MAX_PAGE = 16 << 10, 2 << 20
+
+
+@dataclass
+class _Block:
+    """One tensor to place: how many elements, where from, and which table entries name it."""
+
+    elements: int
+    read: Callable[[], np.ndarray]
+    table: torch.Tensor  # an offset table
+    index: tuple[int, ...]  # of the entry that gets the offset
+    shift: int = 0  # elements before it in a block of several parts; only shift 0 sets the table
+
+
+def page_bytes(pool_bytes: int) -> int:
+    """About 1/256 of the pool, a power of two between 16 KiB and 2 MiB."""
+    page = 1 << max(0, (pool_bytes // 256)).bit_length()
+    return min(max(page, _MIN_PAGE), _MAX_PAGE)
+
+
+class AdapterPool:
+    """Resident adapters of one tensor-parallel rank.
+
+    Not thread-safe: the engine's thread calls it between steps. `load` copies; on a GPU the copies
+    are on the stream of the steps, so a block can't be rewritten while a step still reads it.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        shard: Shard,
+        pool_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_slots: int,
+        poison: bool = False,
+    ):
+        """
+        Args:
+            pool_bytes: size of the buffer, rounded down to whole pages.
+            dtype: of the factors in the pool; packs are cast to it when loaded.
+            poison: overwrite freed blocks with NaN (tests).
+        """
+        self._model, self._shard = model, shard
+        self._dtype, self._device, self._poison = dtype, device, poison
+        self._itemsize = torch.empty(0, dtype=dtype).element_size()
+        self.page_bytes = page_bytes(pool_bytes)
+        self._page = self.page_bytes // self._itemsize
+        self._pages = Pages(pool_bytes // self.page_bytes)
+        self.buffer = torch.zeros(self._pages.total * self._page, dtype=dtype, device=device)
+        self.max_slots = max_slots
+        self._runs: dict[int, list[tuple[int, int]]] = {}
+        self.experts: list[ExpertLoraTables] = []
+        self.qkv: list[DenseLoraTables] = []
+        self.o: list[DenseLoraTables] = []
+        for _ in range(model.num_layers):
+            self.experts.append(self._expert_tables())
+            self.qkv.append(self._dense_tables((shard.q_size, shard.kv_size, shard.kv_size)))
+            self.o.append(self._dense_tables((model.hidden_size,), a_transposed=True))
+
+    @property
+    def total_bytes(self) -> int:
+        return self._pages.total * self.page_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return self.total_bytes - self._pages.free * self.page_bytes
+
+    def required_bytes(self, pack: Pack) -> int:
+        """Bytes of pages that `pack` takes on this rank, resident."""
+        return self._layout(self._blocks(pack, slot=0)).pages * self.page_bytes
+
+    def check_fits(self, pack: Pack) -> None:
+        """Raises AdapterTooLarge where `pack` can't fit even into the empty pool."""
+        needed = self.required_bytes(pack)
+        if needed > self.total_bytes:
+            raise AdapterTooLarge(
+                f"adapter {pack.digest[:12]} takes {needed} bytes, the pool has "
+                f"{self.total_bytes}; raise pool_bytes"
+            )
+
+    def load(self, slot: int, pack: Pack) -> int:
+        """Makes `pack` resident as `slot`.
+
+        Returns:
+            Bytes of pages taken.
+
+        Raises:
+            PoolFull: it doesn't fit beside what is resident.
+        """
+        if slot in self._runs:
+            raise WorkerError(f"slot {slot} is in use")
+        blocks = list(self._blocks(pack, slot))
+        layout = self._layout(blocks)
+        starts = self._pages.allocate(layout.runs)
+        if starts is None:
+            raise PoolFull(
+                f"adapter {pack.digest[:12]} takes {layout.pages * self.page_bytes} bytes, "
+                f"{self._pages.free * self.page_bytes} are free"
+            )
+        self._runs[slot] = list(zip(starts, layout.runs, strict=True))
+        places = iter(layout.places)
+        base = 0
+        for block in blocks:
+            if block.shift == 0:
+                run, offset = next(places)
+                base = starts[run] * self._page + offset
+                block.table[block.index] = base
+            self._copy(block, base + block.shift)
+        self._set_ranks(pack, slot)
+        return layout.pages * self.page_bytes
+
+    def unload(self, slot: int) -> None:
+        """Frees `slot`: its table entries say 'absent' before its pages can be taken again."""
+        for tables in self.experts:
+            for offsets in (
+                tables.offset_a13, tables.offset_b13, tables.offset_a2, tables.offset_b2
+            ):  # fmt: skip
+                offsets[slot] = -1
+            tables.rank[slot] = 0
+            tables.layout[slot] = 0
+        for tables in (*self.qkv, *self.o):
+            tables.offset_a[slot] = -1
+            tables.offset_b[slot] = -1
+            tables.rank[slot] = 0
+        for first, pages in self._runs.pop(slot):
+            if self._poison:
+                self.buffer[first * self._page : (first + pages) * self._page] = float("nan")
+            self._pages.release(first, pages)
+
+    def _layout(self, blocks: Iterable[_Block]) -> BlockLayout:
+        align = _ALIGN_BYTES // self._itemsize
+        sizes: list[int] = []
+        for block in blocks:
+            if block.shift == 0:
+                sizes.append(0)
+            sizes[-1] = -(-(block.shift + block.elements) // align) * align
+        return BlockLayout(sizes, self._page)
+
+    def _blocks(self, pack: Pack, slot: int) -> Iterator[_Block]:
+        """Every tensor of `pack` that this rank holds, parts of one block right after another."""
+        shard = self._shard
+        for layer in pack.layers:
+            n = layer.index
+            for name, tables, p in self._dense_homes(n):
+                entry = layer.dense.get(name)
+                if entry is None:
+                    continue
+                rows = shard.rows(name)
+                a_rows, b_rows = (rows, None) if tables.a_transposed else (None, rows)
+                a = pack.dense_a(layer, name, rows=a_rows)
+                b = pack.dense_b(layer, name, rows=b_rows)
+                yield _Block(a.size, lambda a=a: a, tables.offset_a, (slot, p))
+                yield _Block(b.size, lambda b=b: b, tables.offset_b, (slot, p))
+            if layer.experts is None:
+                continue
+            tables = self.experts[n]
+            for i, expert in enumerate(layer.experts.ids):
+                yield from self._expert_blocks(pack, n, i, expert, slot, tables, layer.experts)
+
+    def _expert_blocks(
+        self, pack: Pack, layer: int, i: int, expert: int, slot: int, tables, experts
+    ) -> Iterator[_Block]:
+        at = (slot, expert)
+        tp = (self._shard.rank, self._shard.size)
+        local = self._model.moe_intermediate_size // self._shard.size
+        gate, up, down = experts.rank[i]
+        a_rows = gate if experts.fused_gate_up else gate + up
+        hidden = self._model.hidden_size
+        if a_rows and (i == 0 or not experts.shared_a13):
+            yield _Block(a_rows * hidden, lambda: pack.a13(layer, i), tables.offset_a13, at)
+        shift = 0
+        for part, rank in (("gate", gate), ("up", up)):
+            if rank:
+                yield _Block(
+                    local * rank,
+                    lambda part=part: pack.b13(layer, i, part, *tp),
+                    tables.offset_b13,
+                    at,
+                    shift,
+                )
+                shift += local * rank
+        if down:
+            yield _Block(local * down, lambda: pack.a2(layer, i, *tp), tables.offset_a2, at)
+            if i == 0 or not experts.shared_b2:
+                yield _Block(hidden * down, lambda: pack.b2(layer, i), tables.offset_b2, at)
+
+    def _copy(self, block: _Block, offset: int) -> None:
+        source = block.read()
+        if source.size != block.elements:
+            raise WorkerError(
+                f"a block of {source.size} elements came where {block.elements} were expected"
+            )
+        flat = np.ascontiguousarray(source).reshape(-1)
+        if flat.dtype == np.uint16:
+            tensor = torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16)
+        else:
+            tensor = torch.from_numpy(flat)
+        self.buffer[offset : offset + block.elements].copy_(tensor)
+
+    def _set_ranks(self, pack: Pack, slot: int) -> None:
+        for layer in pack.layers:
+            for name, tables, p in self._dense_homes(layer.index):
+                if (entry := layer.dense.get(name)) is not None:
+                    tables.rank[slot, p] = entry.rank
+                    tables.scale[slot, p] = entry.scale
+            experts = layer.experts
+            if experts is None:
+                continue
+            tables = self.experts[layer.index]
+            ids = torch.tensor(experts.ids)
+            tables.rank[slot, ids] = torch.tensor(experts.rank, dtype=torch.int32).to(self._device)
+            tables.scale[slot, ids] = torch.tensor(experts.scale, dtype=torch.float32).to(
+                self._device
+            )
+            bits = FUSED_GATE_UP * experts.fused_gate_up
+            for shared, bit, offsets in (
+                (experts.shared_a13, SHARED_A13, tables.offset_a13),
+                (experts.shared_b2, SHARED_B2, tables.offset_b2),
+            ):
+                if shared:
+                    offsets[slot, ids] = offsets[slot, experts.ids[0]].clone()
+                    bits |= bit
+            tables.layout[slot] = bits
+
+    def _dense_homes(self, layer: int) -> Iterator[tuple[str, DenseLoraTables, int]]:
+        for p, name in enumerate(("q_proj", "k_proj", "v_proj")):
+            yield name, self.qkv[layer], p
+        yield "o_proj", self.o[layer], 0
+
+    def _expert_tables(self) -> ExpertLoraTables:
+        s, e = self.max_slots, self._model.num_experts
+
+        def offsets() -> torch.Tensor:
+            return torch.full((s, e), -1, dtype=torch.int64, device=self._device)
+
+        return ExpertLoraTables(
+            pool=self.buffer,
+            offset_a13=offsets(),
+            offset_b13=offsets(),
+            offset_a2=offsets(),
+            offset_b2=offsets(),
+            rank=torch.zeros(s, e, 3, dtype=torch.int32, device=self._device),
+            scale=torch.zeros(s, e, 3, dtype=torch.float32, device=self._device),
+            layout=torch.zeros(s, dtype=torch.int32, device=self._device),
+        )
+
+    def _dense_tables(
+        self, out_sizes: tuple[int, ...], a_transposed: bool = False
+    ) -> DenseLoraTables:
+        s, p = self.max_slots, len(out_sizes)
+        return DenseLoraTables(
+            pool=self.buffer,
+            offset_a=torch.full((s, p), -1, dtype=torch.int64, device=self._device),
+            offset_b=torch.full((s, p), -1, dtype=torch.int64, device=self._device),
+            rank=torch.zeros(s, p, dtype=torch.int32, device=self._device),
+            scale=torch.zeros(s, p, dtype=torch.float32, device=self._device),
+            out_sizes=out_sizes,
+            a_transposed=a_transposed,
+        )

@@ -1,0 +1,67 @@
+"""Collectives between the tensor-parallel ranks of one group (gloo on CPUs, NCCL on GPUs)."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import msgpack
+import torch
+import torch.distributed as dist
+
+# Room for the step message of a usual decode step: larger ones take a second broadcast.
+_INLINE_BYTES = 16 << 10
+
+
+class Comm:
+    """Rank `rank` of `size`. With size 1 every call is free of work."""
+
+    def __init__(self, rank: int = 0, size: int = 1, rendezvous: str = "", device: str = "cpu"):
+        self.rank, self.size = rank, size
+        self._reduce: dist.ProcessGroup | None = None
+        self._control: dist.ProcessGroup | None = None
+        if size == 1:
+            return
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            init_method=rendezvous,
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=600),
+        )
+        self._reduce = dist.group.WORLD
+        # Step messages are host data: they go over gloo whatever carries the tensors.
+        self._control = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sums `x` over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self._reduce)
+        return x
+
+    def broadcast_message(self, message: Any = None) -> Any:
+        """Rank 0's message, on every rank. Anything msgpack takes (lists come back as lists)."""
+        if self.size == 1:
+            return message
+        first = torch.zeros(_INLINE_BYTES, dtype=torch.uint8)
+        body = b""
+        if self.rank == 0:
+            body = msgpack.packb(message)
+            head = len(body).to_bytes(8, "little") + body[: _INLINE_BYTES - 8]
+            first[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        dist.broadcast(first, src=0, group=self._control)
+        raw = first.numpy().tobytes()
+        n = int.from_bytes(raw[:8], "little")
+        if n > _INLINE_BYTES - 8:
+            rest = torch.zeros(n - (_INLINE_BYTES - 8), dtype=torch.uint8)
+            if self.rank == 0:
+                rest[:] = torch.frombuffer(
+                    bytearray(body[_INLINE_BYTES - 8 :]), dtype=torch.uint8
+                )
+            dist.broadcast(rest, src=0, group=self._control)
+            raw += rest.numpy().tobytes()
+        return message if self.rank == 0 else msgpack.unpackb(raw[8 : 8 + n])
+
+    def close(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()

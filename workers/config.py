@@ -1,0 +1,135 @@
+"""Configuration of a model and of the engine that runs it. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .errors import ModelFilesInvalid, ModelUnsupported
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The parts of a Hugging Face `config.json` that inference needs."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_experts: int
+    top_k: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ModelConfig:
+        """Reads config.json and generation_config.json.
+
+        Raises:
+            ModelFilesInvalid: config.json is missing or not JSON.
+            ModelUnsupported: an architecture or option that would change the result is not served.
+        """
+        path = Path(folder) / "config.json"
+        try:
+            raw = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ModelFilesInvalid(
+                f"{path} does not exist; give a folder that holds a Hugging Face checkpoint "
+                "(config.json and *.safetensors)"
+            ) from None
+        except json.JSONDecodeError as e:
+            raise ModelFilesInvalid(f"{path} is not valid JSON: {e}") from None
+        if raw.get("model_type") != "qwen3_moe":
+            raise ModelUnsupported(
+                f"{path}: model_type {raw.get('model_type')!r} isn't served; 'qwen3_moe' is"
+            )
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        refused = {
+            "rope_type": rope_type not in ("default", None) and rope_type,
+            "attention_bias": raw.get("attention_bias"),
+            "use_sliding_window": raw.get("use_sliding_window"),
+            "mlp_only_layers": raw.get("mlp_only_layers"),
+            "decoder_sparse_step": raw.get("decoder_sparse_step", 1) != 1
+            and raw["decoder_sparse_step"],
+            "hidden_act": raw.get("hidden_act", "silu") != "silu" and raw["hidden_act"],
+        }
+        for name, value in refused.items():
+            if value:
+                raise ModelUnsupported(f"{path}: {name} = {value!r} isn't served")
+        heads = raw["num_attention_heads"]
+        return cls(
+            model_type=raw["model_type"],
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            num_layers=raw["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=raw.get("num_key_value_heads", heads),
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            num_experts=raw.get("num_experts") or raw["num_local_experts"],
+            top_k=raw["num_experts_per_tok"],
+            moe_intermediate_size=raw["moe_intermediate_size"],
+            norm_topk_prob=raw.get("norm_topk_prob", False),
+            rms_norm_eps=raw["rms_norm_eps"],
+            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+            max_position_embeddings=raw["max_position_embeddings"],
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            eos_token_ids=_eos_ids(Path(folder), raw),
+        )
+
+
+def _eos_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    # generation_config.json wins: chat models list their end-of-turn token there only.
+    path = folder / "generation_config.json"
+    eos = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    if eos is None:
+        eos = config.get("eos_token_id")
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """One engine: a model, its memory and its batch limits. The same object goes to every rank.
+
+    Sizes are bytes unless the name says otherwise; `pool_bytes` is per rank.
+    """
+
+    model_path: str
+    dtype: str = "float32"  # "float32" | "bfloat16" | "float16"
+    device: str = "cpu"  # "cpu" | "cuda"
+    tp_size: int = 1
+    rendezvous: str = "tcp://127.0.0.1:29500"  # used when tp_size > 1
+    kv_tokens: int = 16384
+    block_size: int = 16
+    max_batch_tokens: int = 512
+    max_running: int = 64
+    max_model_len: int | None = None  # None: what the model was made for
+    pool_bytes: int = 64 << 20
+    max_slots: int = 256
+    base_fingerprint: str | None = None  # packs made for another base are refused
+    load_threads: int = 4
+    overtake_limit: int = 8  # requests that may pass one that waits for room in the pool
+    torch_threads: int = 0  # 0: leave torch's default
+
+    @cached_property
+    def model(self) -> ModelConfig:
+        return ModelConfig.from_folder(self.model_path)
+
+    @cached_property
+    def context_length(self) -> int:
+        """Most tokens (prompt and output) of one sequence."""
+        limit = self.max_model_len or self.model.max_position_embeddings
+        return min(limit, self.model.max_position_embeddings, self.kv_tokens)

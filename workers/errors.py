@@ -1,0 +1,33 @@
+"""Errors of a worker group. Each message says what was wrong and what would be right."""
+
+
+class WorkerError(Exception):
+    """Root of everything this folder raises on purpose."""
+
+
+class ModelUnsupported(WorkerError):
+    """The model folder holds an architecture or option that isn't served."""
+
+
+class ModelFilesInvalid(WorkerError):
+    """A file of the model folder is missing or doesn't fit the others."""
+
+
+class AdapterTooLarge(WorkerError):
+    """An adapter can't fit the pool even when nothing else is in it."""
+
+
+class PoolFull(WorkerError):
+    """The pool has no room now; something resident must be evicted first."""
+
+
+class WireError(WorkerError):
+    """A peer sent what the wire protocol doesn't allow; the connection is closed."""
+
+
+class WireAuthError(WireError):
+    """A peer doesn't hold the secret of this link."""
+
+
+class GroupFailed(WorkerError):
+    """A rank of the group ended or reported a failure; the group can't serve any more."""

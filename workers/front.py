@@ -1,0 +1,315 @@
+"""The front of a worker group: the asyncio server between gateways and rank 0. No torch, no Ray.
+
+Gateways connect to `port`, ranks to `rank_link`. A request passes admission, goes to rank 0 at
+once (the engine's scheduler owns the queue and its fairness), and its tokens come back in one
+message per step, which is cut up by gateway connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .engine_process import LinkAddress
+from .errors import GroupFailed
+from .front_links import GatewayLink, RankLink
+from .report import EngineReport
+from .streams import Client, Output, StreamTable
+from .wire import DEAD_AFTER_S, PING_EVERY_S, Frame, encode, error_output
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.02
+_STOP_S = 5.0  # how long ranks get to end by themselves
+
+
+@dataclass(frozen=True)
+class FrontConfig:
+    """One group's front.
+
+    Args:
+        group: the group's name; a gateway that looks for another one is told so.
+        secret: the cluster secret, which gateways hold too.
+        host: address of the listener for gateways.
+        port: its port, 0 for any free one.
+        ranks: processes of the group.
+        max_open: requests that the engine may have, waiting and running; more are refused with
+            "overloaded".
+        max_held_tokens: tokens that may wait for slow clients, over all streams.
+        stall_s: rank 0 counts as hung after so long without a message; a step must be shorter.
+    """
+
+    group: str
+    secret: bytes = field(repr=False)
+    host: str = "127.0.0.1"
+    port: int = 0
+    ranks: int = 1
+    max_open: int = 256
+    max_held_tokens: int = 65536
+    stall_s: float = 120.0
+
+
+class GroupFront:
+    """Serves one group. All methods belong to the event loop that called `start`."""
+
+    def __init__(self, config: FrontConfig):
+        self.config = config
+        self.report = EngineReport()  # the engine's newest
+        self.draining = False
+        self.failure: str | None = None  # why the group can't serve any more
+        self._streams = StreamTable(config.max_held_tokens)
+        self._gateways: dict[Client, GatewayLink] = {}
+        self._ranks: dict[int, RankLink] = {}
+        self._up: set[int] = set()
+        self._closing = False
+        self._resident_version = 0
+        self._announced: Frame = {}
+        self._desired: tuple[str, ...] | None = None
+        self._servers: list[asyncio.Server] = []
+        self._ticker: asyncio.Task[None] | None = None
+        self._link_secret = secrets.token_bytes(32)
+
+    # Life
+
+    async def start(self) -> None:
+        """Opens both listeners. Raises OSError when the port is taken."""
+        loop = asyncio.get_running_loop()
+        make_gateway = lambda: GatewayLink(self, self.config.secret)  # noqa: E731
+        make_rank = lambda: RankLink(self, self._link_secret)  # noqa: E731
+        self._servers = [
+            await loop.create_server(make_gateway, self.config.host, self.config.port),
+            # The ranks are on this node: their link never leaves it.
+            await loop.create_server(make_rank, "127.0.0.1", 0),
+        ]
+        self._ticker = loop.create_task(self._tick())
+
+    @property
+    def port(self) -> int:
+        """Of the listener for gateways."""
+        return self._servers[0].sockets[0].getsockname()[1]
+
+    @property
+    def rank_link(self) -> LinkAddress:
+        """What the group's ranks need to reach this front."""
+        host, port = self._servers[1].sockets[0].getsockname()[:2]
+        return LinkAddress(host, port, self._link_secret)
+
+    @property
+    def ready(self) -> bool:
+        return self.failure is None and len(self._up) == self.config.ranks
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Until every rank is up.
+
+        Raises:
+            GroupFailed: a rank failed, or not all are up in time.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while not self.ready:
+            if self.failure is not None:
+                raise GroupFailed(self.failure)
+            if asyncio.get_running_loop().time() > deadline:
+                missing = sorted(set(range(self.config.ranks)) - self._up)
+                raise GroupFailed(f"ranks {missing} aren't up after {timeout_s:g} s")
+            await asyncio.sleep(_POLL_S)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuses new requests and waits for the open ones; whether all of them ended in time."""
+        self.draining = True
+        self._broadcast(encode({"t": "draining"}))
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while not self._streams.idle and self.failure is None:
+            if asyncio.get_running_loop().time() > deadline:
+                return False
+            await asyncio.sleep(_POLL_S)
+        return self._streams.idle
+
+    async def close(self) -> None:
+        """Ends open streams with "group_failed", stops the ranks, closes every connection."""
+        if self._closing:
+            return
+        self._closing = True
+        self._fail_streams("group_failed", "the group is shutting down")
+        for server in self._servers:
+            server.close()
+        stop = encode({"t": "stop"})
+        for rank in self._ranks.values():
+            rank.send_bytes(stop)
+        deadline = asyncio.get_running_loop().time() + _STOP_S
+        while self._ranks and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(_POLL_S)
+        for rank in list(self._ranks.values()):
+            rank.close("the group is shutting down")
+        for gateway in list(self._gateways.values()):
+            gateway.finish()
+        if self._ticker is not None:
+            self._ticker.cancel()
+
+    def fail(self, why: str, code: str = "group_failed") -> None:
+        """The group can't serve any more: ends open streams; `failure` says why from now on."""
+        if self.failure is None and not self._closing:
+            self.failure = why
+            log.error("group %s failed: %s", self.config.group, why)
+        self._fail_streams(code, why)
+
+    # Load and advice
+
+    @property
+    def open(self) -> int:
+        """Requests that the engine has, waiting and running."""
+        return self._streams.running
+
+    def load(self) -> Frame:
+        """The load figures that travel with every batch.
+
+        The sum of queued and running is exact; how it splits is as old as the engine's report.
+        """
+        running = min(self._streams.running, self.report.running)
+        return {
+            "queued": self._streams.running - running,
+            "running": running,
+            "free_pool": self.report.pool_bytes_total - self.report.pool_bytes_used,
+            "resident_version": self._resident_version,
+        }
+
+    def announcement(self) -> Frame:
+        """What gateways are told about the group besides tokens."""
+        return {
+            "t": "report",
+            "group": self.config.group,
+            "gpu": sorted(self.report.gpu),
+            "disk": sorted(self.report.disk),
+            "load": self.load(),
+        }
+
+    def advise(self, desired: Sequence[str], purge: Sequence[str]) -> None:
+        """Passes the controller's advice on: keys of adapters to hold, and to forget."""
+        leader = self._ranks.get(0)
+        if leader is None:
+            return
+        if tuple(desired) != self._desired:
+            self._desired = tuple(desired)
+            leader.send({"t": "desired", "keys": list(desired)})
+        if purge:
+            leader.send({"t": "purge", "keys": list(purge)})
+
+    # Called by the links of gateways
+
+    def joined(self, link: GatewayLink) -> None:
+        self._gateways[link.client] = link
+        if self.draining:
+            link.send({"t": "draining"})
+
+    def submit(self, link: GatewayLink, request: Mapping[str, Any], credit: int) -> None:
+        """Admits a request, or answers it with the reason why not."""
+        request_id = request["id"]
+        refusal = self._refusal()
+        leader = self._ranks.get(0)
+        if refusal or leader is None:
+            code, text = refusal or ("group_failed", "rank 0 isn't connected yet")
+            link.send_batch([error_output(request_id, code, text)], self.load())
+            return
+        stream = self._streams.add(link.client, request_id, credit)
+        leader.send({"t": "submit", "req": {**request, "id": stream.engine_id}})
+
+    def abort(self, link: GatewayLink, request_id: str) -> None:
+        engine_id = self._streams.abort(link.client, request_id)
+        self._abort_in_engine([] if engine_id is None else [engine_id])
+
+    def grant(self, link: GatewayLink, request_id: str, tokens: int) -> None:
+        self._send_outputs({link.client: self._streams.grant(link.client, request_id, tokens)})
+
+    def writable(self, link: GatewayLink) -> None:
+        self._send_outputs({link.client: self._streams.resume(link.client)})
+
+    def left(self, link: GatewayLink) -> None:
+        """A gateway's connection is gone: its requests have nobody to answer to."""
+        if self._gateways.pop(link.client, None) is not None:
+            self._abort_in_engine(self._streams.remove(link.client))
+
+    # Called by the links of ranks
+
+    def rank_joined(self, rank: int, link: RankLink) -> None:
+        self._ranks[rank] = link
+
+    def rank_up(self, rank: int) -> None:
+        self._up.add(rank)
+
+    def rank_left(self, rank: int, why: str) -> None:
+        self._ranks.pop(rank, None)
+        self._up.discard(rank)
+        if not self._closing:
+            self.fail(f"the process of rank {rank} is gone: {why}")
+
+    def rank_failed(self, rank: int, error: str) -> None:
+        where = "the engine" if rank == 0 else f"rank {rank}"
+        self.fail(f"{where} failed: {error}", "engine_failed" if rank == 0 else "group_failed")
+
+    def take_batch(self, outputs: list[Output]) -> None:
+        """One engine step's outputs."""
+        self._send_outputs(self._streams.route(outputs))
+        errors, aborts = self._streams.trim()
+        self._send_outputs(errors)
+        self._abort_in_engine(aborts)
+
+    def take_report(self, report: EngineReport) -> None:
+        if report.gpu.keys() != self.report.gpu.keys():
+            self._resident_version += 1
+        self.report = report
+        announcement = self.announcement()
+        if announcement != self._announced:
+            self._announced = announcement
+            self._broadcast(encode(announcement))
+
+    # Inside
+
+    def _refusal(self) -> tuple[str, str] | None:
+        if self.failure is not None:
+            return "group_failed", self.failure
+        if self.draining or self._closing:
+            return "draining", "the group is shutting down and takes no new requests"
+        if self._streams.running >= self.config.max_open:
+            return "overloaded", (
+                f"the group has {self._streams.running} requests open, which is its limit; "
+                "try again later"
+            )
+        return None
+
+    def _fail_streams(self, code: str, text: str) -> None:
+        self._send_outputs(self._streams.fail_all(code, text))
+
+    def _send_outputs(self, outputs: Mapping[Client, list[Output]]) -> None:
+        for client, ready in outputs.items():
+            link = self._gateways.get(client)
+            if ready and link is not None:
+                link.send_batch(ready, self.load())
+
+    def _abort_in_engine(self, engine_ids: list[str]) -> None:
+        leader = self._ranks.get(0)
+        if engine_ids and leader is not None:
+            leader.send({"t": "abort", "ids": engine_ids})
+
+    def _broadcast(self, data: bytes) -> None:
+        """To all gateways, but for those that don't read: their buffers mustn't grow."""
+        for gateway in self._gateways.values():
+            if not gateway.paused:
+                gateway.send_bytes(data)
+
+    async def _tick(self) -> None:
+        """Pings gateways, drops silent ones, and watches rank 0 for a hang."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(PING_EVERY_S)
+            now = loop.time()
+            self._broadcast(encode({"t": "ping", "load": self.load()}))
+            for gateway in list(self._gateways.values()):
+                if now - gateway.heard > DEAD_AFTER_S:
+                    gateway.close(f"nothing heard for {DEAD_AFTER_S:g} s")
+            leader = self._ranks.get(0)
+            silent_s = now - leader.heard if leader is not None and self.ready else 0.0
+            if silent_s > self.config.stall_s:
+                self.fail(f"rank 0 has sent nothing for {silent_s:.0f} s; it hangs")

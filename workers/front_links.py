@@ -1,0 +1,165 @@
+"""The two kinds of connections of a group's front: gateways' and ranks'."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from .errors import WireError
+from .report import EngineReport
+from .streams import Client, Output
+from .wire import (
+    HANDSHAKE_TIMEOUT_S,
+    MAX_FRAME_BYTES,
+    MAX_HANDSHAKE_BYTES,
+    Frame,
+    FrameProtocol,
+    ServerHandshake,
+    encode_batch,
+    field,
+)
+
+if TYPE_CHECKING:
+    from .front import GroupFront
+
+_MAX_CREDIT = 1 << 31
+# Bytes that may wait in a gateway's socket buffer before its streams are held back.
+_SEND_BUFFER_BYTES = 1 << 20
+
+
+class _ServerLink(FrameProtocol):
+    """A connection that must authenticate within HANDSHAKE_TIMEOUT_S before it may do anything."""
+
+    def __init__(self, front: GroupFront, secret: bytes):
+        super().__init__(MAX_HANDSHAKE_BYTES)
+        self.front = front
+        self.authenticated = False
+        self._handshake = ServerHandshake(secret)
+        self._timeout: asyncio.TimerHandle | None = None
+
+    def made(self) -> None:
+        text = f"no authentication within {HANDSHAKE_TIMEOUT_S:g} s"
+        loop = asyncio.get_running_loop()
+        self._timeout = loop.call_later(HANDSHAKE_TIMEOUT_S, self.refuse, WireError(text))
+        self.send(self._handshake.hello())
+
+    def frame_received(self, frame: Frame) -> None:
+        if self.authenticated:
+            self.message(frame)
+            return
+        ready = self._handshake.ready(frame, **self.greeting())
+        self.authenticated = True
+        self.decoder.limit = MAX_FRAME_BYTES
+        self._end_timeout()
+        self.send(ready)
+        self.welcomed()
+
+    def lost(self, why: str) -> None:
+        self._end_timeout()
+        if self.authenticated:
+            self.gone(why)
+
+    def _end_timeout(self) -> None:
+        if self._timeout is not None:
+            self._timeout.cancel()
+
+    def greeting(self) -> Frame:
+        """Fields for the `ready` frame."""
+        return {}
+
+    def welcomed(self) -> None:
+        """The peer has authenticated."""
+
+    def message(self, frame: Frame) -> None:
+        """A frame of the authenticated peer."""
+
+    def gone(self, why: str) -> None:
+        """The authenticated peer has left."""
+
+
+class GatewayLink(_ServerLink):
+    """A gateway's connection: many requests at once, each a stream of its `client`."""
+
+    def __init__(self, front: GroupFront, secret: bytes):
+        super().__init__(front, secret)
+        self.client = Client()
+
+    def made(self) -> None:
+        super().made()
+        if self.transport is not None:
+            self.transport.set_write_buffer_limits(_SEND_BUFFER_BYTES)
+
+    def send_batch(self, outputs: list[Output], load: Frame) -> None:
+        for data in encode_batch(outputs, load=load):
+            self.send_bytes(data)
+
+    def finish(self) -> None:
+        """Closes once the peer has been sent what is queued for it."""
+        if self.transport is not None:
+            self.transport.close()
+
+    def greeting(self) -> Frame:
+        return {"group": self.front.config.group, "report": self.front.announcement()}
+
+    def welcomed(self) -> None:
+        self.front.joined(self)
+
+    def message(self, frame: Frame) -> None:
+        kind = frame["t"]
+        if kind == "credit":
+            self.front.grant(self, field(frame, "id", str), _credit(frame, "n"))
+        elif kind == "submit":
+            request = field(frame, "req", dict)
+            field(request, "id", str)
+            self.front.submit(self, request, _credit(frame, "credit"))
+        elif kind == "abort":
+            self.front.abort(self, field(frame, "id", str))
+        elif kind != "ping":
+            raise WireError(f"a gateway may not send a frame of type {kind!r}")
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.client.paused = True
+
+    def writable(self) -> None:
+        self.front.writable(self)
+
+    def gone(self, why: str) -> None:
+        self.front.left(self)
+
+
+def _credit(frame: Frame, name: str) -> int:
+    n = field(frame, name, int)
+    if not 0 < n <= _MAX_CREDIT:
+        raise WireError(f"frame {frame['t']!r}: {name!r} must be between 1 and 2^31, got {n}")
+    return n
+
+
+class RankLink(_ServerLink):
+    """The connection of one rank's process. Its end is the end of the group."""
+
+    def __init__(self, front: GroupFront, secret: bytes):
+        super().__init__(front, secret)
+        self._rank: int | None = None
+
+    def message(self, frame: Frame) -> None:
+        kind = frame["t"]
+        if self._rank is None:
+            if kind != "rank":
+                raise WireError(f"the first frame of a rank must be 'rank', got {kind!r}")
+            self._rank = field(frame, "rank", int)
+            self.front.rank_joined(self._rank, self)
+        elif kind == "batch":
+            self.front.take_batch(field(frame, "out", list))
+        elif kind == "report":
+            self.front.take_report(EngineReport.from_wire(field(frame, "report", dict)))
+        elif kind == "up":
+            self.front.rank_up(self._rank)
+        elif kind == "failed":
+            self.front.rank_failed(self._rank, field(frame, "error", str))
+        else:
+            raise WireError(f"a rank may not send a frame of type {kind!r}")
+
+    def gone(self, why: str) -> None:
+        if self._rank is not None:
+            self.front.rank_left(self._rank, why)

@@ -1,0 +1,116 @@
+"""One rank's model, KV cache and adapter pool, and how a step message is run on them."""
+
+from __future__ import annotations
+
+import torch
+
+from ..adapter_store import Pack
+from ..kernels import LoraBatch, MoeRunner
+from .adapter_pool import AdapterPool
+from .attention import PagedKVCache, plan_attention
+from .comm import Comm
+from .config import EngineConfig
+from .errors import WorkerError
+from .models import Qwen3Moe
+from .shard import Shard
+from .step import Step
+from .weights import Checkpoint
+
+
+class ModelRunner:
+    """Everything on a rank's device. The same on all ranks; rank 0 also takes logits."""
+
+    def __init__(self, config: EngineConfig, comm: Comm):
+        if config.torch_threads:
+            torch.set_num_threads(config.torch_threads)
+        model = config.model
+        self.device = torch.device(config.device)
+        self.dtype = getattr(torch, config.dtype)
+        self._config, self._comm = config, comm
+        shard = Shard(model, comm.rank, comm.size)
+        self._group_heads = shard.heads // shard.kv_heads
+        self.kv_blocks = config.kv_tokens // config.block_size
+        self.cache = PagedKVCache(
+            model.num_layers,
+            self.kv_blocks,
+            config.block_size,
+            shard.kv_heads,
+            model.head_dim,
+            self.dtype,
+            self.device,
+        )
+        self.pool = AdapterPool(
+            model, shard, config.pool_bytes, self.dtype, self.device, config.max_slots
+        )
+        with Checkpoint(config.model_path, self.dtype, config.device) as checkpoint:
+            self.model = Qwen3Moe(
+                model,
+                shard,
+                checkpoint,
+                comm,
+                MoeRunner(),
+                config.context_length,
+                self.device,
+            )
+
+    def apply_changes(self, step: Step) -> None:
+        """Follows rank 0's pool: the same loads and unloads in the same order."""
+        for change in step.changes:
+            if change.path is None:
+                self.pool.unload(change.slot)
+            else:
+                self.pool.load(change.slot, Pack.open(change.path, verify=False))
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> torch.Tensor:
+        """Runs the sequences of a step.
+
+        Returns:
+            Rank 0: float32 logits [N, vocab] of the rows that sequences ask for, in order.
+            Other ranks: an empty tensor.
+
+        Raises:
+            WorkerError: the sequences aren't ordered by slot.
+        """
+        seqs = step.sequences
+        slots = [s.slot for s in seqs]
+        if slots != sorted(slots):
+            raise WorkerError("sequences of a step must be ordered by adapter slot")
+        counts = [len(s.token_ids) for s in seqs]
+        ids = torch.tensor([t for s in seqs for t in s.token_ids], device=self.device)
+        positions = torch.cat([torch.arange(s.start, s.start + len(s.token_ids)) for s in seqs])
+        token_slot = torch.repeat_interleave(
+            torch.tensor(slots, dtype=torch.int32), torch.tensor(counts)
+        )
+        hidden = self.model.forward(
+            ids,
+            positions.to(self.device),
+            plan_attention(seqs, self._config.block_size, self._group_heads, self.device),
+            self.cache,
+            self.pool,
+            LoraBatch.from_token_slot(token_slot.to(self.device)),
+        )
+        if self._comm.rank != 0:
+            return hidden[:0]
+        rows, first = [], 0
+        for s, n in zip(seqs, counts, strict=True):
+            if s.logits_from >= 0:
+                rows.extend(range(first + s.logits_from, first + n))
+            first += n
+        return self.model.logits(hidden[torch.tensor(rows, dtype=torch.int64, device=self.device)])
+
+
+def run_follower(config: EngineConfig, rank: int) -> None:
+    """A rank other than 0: obeys step messages until one says stop."""
+    comm = Comm(rank, config.tp_size, config.rendezvous, config.device)
+    try:
+        runner = ModelRunner(config, comm)
+        while True:
+            step = Step.from_wire(comm.broadcast_message())
+            if step.stop:
+                return
+            runner.apply_changes(step)
+            if step.sequences:
+                runner.run(step)
+    finally:
+        comm.close()

@@ -1,0 +1,64 @@
+"""Brings packs to this node's disk in background threads, so that no step waits for S3."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+from .request import AdapterRef
+
+
+class PackSource(Protocol):
+    """Where packs come from: `loraplex.adapter_store.DiskTier` in a cluster."""
+
+    def ensure(self, tenant_id: str, digest: str) -> tuple[Path, str]:
+        """Path of the verified pack on this node, and the tier it came from ("disk" or "s3").
+
+        Blocks; may be called from several threads.
+        """
+        ...
+
+    def resident(self) -> dict[str, int]:
+        """Bytes of every pack on this node's disk, by adapter key."""
+        ...
+
+    def remove(self, key: str) -> None:
+        """Drops a pack from the disk; one that isn't there is no error."""
+        ...
+
+
+class PackFetcher:
+    """One fetch per adapter at a time; `poll` never blocks."""
+
+    def __init__(self, source: PackSource, threads: int):
+        self._source = source
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pack-fetch")
+        self._futures: dict[str, Future[tuple[Path, str]]] = {}
+
+    def start(self, ref: AdapterRef) -> None:
+        """Starts a fetch unless one runs already."""
+        if ref.key not in self._futures:
+            self._futures[ref.key] = self._pool.submit(
+                self._source.ensure, ref.tenant_id, ref.digest
+            )
+
+    def poll(self, ref: AdapterRef) -> tuple[Path, str] | None:
+        """(path, tier) when the pack is there, None while it comes.
+
+        Raises:
+            Whatever `ensure` raised. Either way the fetch is forgotten.
+        """
+        self.start(ref)
+        future = self._futures[ref.key]
+        if not future.done():
+            return None
+        del self._futures[ref.key]
+        return future.result()
+
+    @property
+    def loading(self) -> list[str]:
+        return [k for k, f in self._futures.items() if not f.done()]
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)

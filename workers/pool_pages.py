@@ -1,0 +1,75 @@
+"""Pages of the adapter pool: a flat buffer handed out in runs of equal pages.
+
+An adapter's blocks are laid one after another into pages that it alone owns, so nothing is
+shared, nothing is padded to a largest rank, and freeing leaves no holes smaller than a page.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence
+
+
+class BlockLayout:
+    """Places blocks of given sizes into page runs, in order.
+
+    A block never crosses the end of a run; a block larger than a page gets a run of its own.
+    """
+
+    def __init__(self, sizes: Sequence[int], page: int):
+        self.runs: list[int] = []  # pages of each run
+        self.places: list[tuple[int, int]] = []  # (run, offset in it) of each block
+        room = 0
+        for size in sizes:
+            if size > room:
+                pages = max(1, -(-size // page))
+                self.runs.append(pages)
+                room = pages * page
+            self.places.append((len(self.runs) - 1, self.runs[-1] * page - room))
+            room -= size
+
+    @property
+    def pages(self) -> int:
+        return sum(self.runs)
+
+
+class Pages:
+    """`total` pages, handed out in contiguous runs (first fit)."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self._free: list[tuple[int, int]] = [(0, total)] if total else []  # (first, pages), sorted
+
+    @property
+    def free(self) -> int:
+        return sum(n for _, n in self._free)
+
+    def allocate(self, runs: Sequence[int]) -> list[int] | None:
+        """First page of each run, or None (and nothing taken) when they don't all fit."""
+        free = list(self._free)
+        starts: dict[int, int] = {}
+        # Long runs first: single pages then fill what is left.
+        for i in sorted(range(len(runs)), key=lambda i: -runs[i]):
+            for at, (first, n) in enumerate(free):
+                if n >= runs[i]:
+                    starts[i] = first
+                    if n == runs[i]:
+                        del free[at]
+                    else:
+                        free[at] = (first + runs[i], n - runs[i])
+                    break
+            else:
+                return None
+        self._free = free
+        return [starts[i] for i in range(len(runs))]
+
+    def release(self, first: int, pages: int) -> None:
+        """Gives back a run; it merges with its neighbours."""
+        insort(self._free, (first, pages))
+        merged: list[tuple[int, int]] = []
+        for start, n in self._free:
+            if merged and merged[-1][0] + merged[-1][1] == start:
+                merged[-1] = (merged[-1][0], merged[-1][1] + n)
+            else:
+                merged.append((start, n))
+        self._free = merged

@@ -1,0 +1,56 @@
+"""A request while an engine works on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .kv_blocks import BlockHash, first_hash, next_hash
+from .request import GenerationRequest, TokenLogprob
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens, KV blocks and adapter slot of one request.
+
+    tokens[:computed] are in the cache; the rest still has to go through the model. While a
+    sequence decodes, exactly one token is not computed: the newest.
+    """
+
+    request: GenerationRequest
+    arrival: int
+    tokens: list[int] = field(init=False)
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[BlockHash] = field(default_factory=list)  # of the full blocks, as far as known
+    slot: int | None = None  # None: not admitted; -1: base model
+    tier: str | None = None
+    started: bool = False  # an output was sent
+    cached_tokens: int = 0
+    overtaken: int = 0  # requests admitted before this one while it waited for pool room
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = [*self.request.prompt_ids, *self.request.output_ids]
+        if self.request.sampling.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+
+    @property
+    def adapter_key(self) -> str | None:
+        return self.request.adapter.key if self.request.adapter else None
+
+    @property
+    def output_count(self) -> int:
+        return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that still have to go through the model."""
+        return len(self.tokens) - self.computed
+
+    def extend_hashes(self, block_size: int) -> None:
+        """Names every full block of the tokens known so far."""
+        while (len(self.hashes) + 1) * block_size <= len(self.tokens):
+            n = len(self.hashes)
+            previous = self.hashes[-1] if n else first_hash(self.request.tenant_id, self.adapter_key)
+            block = self.tokens[n * block_size : (n + 1) * block_size]
+            self.hashes.append(next_hash(previous, block))

@@ -1,0 +1,53 @@
+"""The step message: all that a rank needs to know to run one model step.
+
+Rank 0 makes it, every rank obeys it. Adapter loads and unloads travel in it, so all ranks change
+their tables on the same step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class SequenceStep:
+    """One sequence's share of a step: new tokens at positions start, start + 1, ..."""
+
+    token_ids: list[int]
+    start: int
+    blocks: list[int]  # KV blocks of the whole sequence so far, in order
+    slot: int  # adapter slot, -1 = base model
+    logits_from: int = -1  # logits for new tokens from this index on; -1: for none
+
+
+@dataclass
+class SlotChange:
+    """Fill `slot` from the pack at `path`, or empty it where `path` is None."""
+
+    slot: int
+    path: str | None
+
+
+@dataclass
+class Step:
+    """A model step. Sequences are ordered by slot; slot changes are applied first."""
+
+    sequences: list[SequenceStep] = field(default_factory=list)
+    changes: list[SlotChange] = field(default_factory=list)
+    stop: bool = False
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "s": [[s.token_ids, s.start, s.blocks, s.slot, s.logits_from] for s in self.sequences],
+            "c": [[c.slot, c.path] for c in self.changes],
+            "stop": self.stop,
+        }
+
+    @classmethod
+    def from_wire(cls, msg: dict[str, Any]) -> Step:
+        return cls(
+            sequences=[SequenceStep(*s) for s in msg["s"]],
+            changes=[SlotChange(*c) for c in msg["c"]],
+            stop=msg["stop"],
+        )
