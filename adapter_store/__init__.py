@@ -61,3 +61,91 @@ __all__ = [
     "split_version",
     "write_pack",
 ]
+
+# Store: where adapters, tenants and keys are kept.
+from .catalogue import Catalogue
+from .catalogue_document import BlobNeeded
+from .disk_tier import DiskTier
+from .documents import Document, Record
+from .documents import create as create_document
+from .documents import read as read_document
+from .documents import update as update_document
+from .embedded import EmbeddedS3
+from .epoch import next_epoch
+from .errors import (
+    AdapterCorrupt,
+    AdapterNotFound,
+    Conflict,
+    DocumentError,
+    EmbeddedStoreError,
+    KeyNotFound,
+    LimitExceeded,
+    LocalDiskError,
+    NameTaken,
+    NotFound,
+    PreconditionFailed,
+    StoreDenied,
+    StoreError,
+    StoreUnavailable,
+    TenantExists,
+    TenantNotFound,
+    UploadNotFound,
+)
+from .layout import quarantine_keys
+from .object_store import ObjectInfo, ObjectStore
+from .publisher import Publisher
+from .quarantine import UploadSizes, discard_upload, stage_upload
+from .records import (
+    AdapterAlias,
+    AdapterVersion,
+    KeyRecord,
+    Tenant,
+    TenantLimits,
+    VersionMeta,
+)
+from .sweep import SweepReport, sweep
+
+__all__ += [
+    "AdapterAlias",
+    "AdapterCorrupt",
+    "AdapterNotFound",
+    "AdapterVersion",
+    "BlobNeeded",
+    "Catalogue",
+    "Conflict",
+    "DiskTier",
+    "Document",
+    "DocumentError",
+    "EmbeddedS3",
+    "EmbeddedStoreError",
+    "KeyNotFound",
+    "KeyRecord",
+    "LimitExceeded",
+    "LocalDiskError",
+    "NameTaken",
+    "NotFound",
+    "ObjectInfo",
+    "ObjectStore",
+    "PreconditionFailed",
+    "Publisher",
+    "Record",
+    "StoreDenied",
+    "StoreError",
+    "StoreUnavailable",
+    "SweepReport",
+    "Tenant",
+    "TenantExists",
+    "TenantLimits",
+    "TenantNotFound",
+    "UploadNotFound",
+    "UploadSizes",
+    "VersionMeta",
+    "create_document",
+    "discard_upload",
+    "next_epoch",
+    "quarantine_keys",
+    "read_document",
+    "stage_upload",
+    "sweep",
+    "update_document",
+]

@@ -101,8 +101,10 @@ class BaseModel:
         names = (name, folder.resolve().name, config.get("_name_or_path") or "", *accepted_names)
         hidden = _size(config, "hidden_size", folder)
         heads = _size(config, "num_attention_heads", folder)
-        kv_heads = _size({"num_key_value_heads": heads} | config, "num_key_value_heads", folder)
-        head_dim = _size({"head_dim": hidden // heads} | config, "head_dim", folder)
+        config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
+        config["head_dim"] = config.get("head_dim") or hidden // heads
+        kv_heads = _size(config, "num_key_value_heads", folder)
+        head_dim = _size(config, "head_dim", folder)
         layers = _size(config, "num_hidden_layers", folder)
         return cls(
             name=name,
@@ -210,7 +212,9 @@ def _fingerprint(folder: Path, config: Mapping[str, Any]) -> str:
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise BaseModelError(f"{folder} holds no *.safetensors file; pickled weights aren't read")
-    kept = {field: config[field] for field in _FINGERPRINT_FIELDS if config.get(field) is not None}
+    kept = {
+        field: config[field] for field in _FINGERPRINT_FIELDS if config.get(field) not in (None, [])
+    }
     sha = hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode())
     for shard in shards:
         try:

@@ -54,6 +54,7 @@ REFUSAL_CODES = {
     "rank_limit": "a rank outside 1 to 256",
     "non_finite": "a factor with NaN or infinite values",
     "empty_adapter": "no tensor at all",
+    "too_large": "a file larger than this service takes",
 }
 
 
@@ -67,3 +68,83 @@ class PackVersionError(AdapterStoreError):
 
 class PackLayoutError(AdapterStoreError):
     """A part of a pack was asked for that its layout can't give."""
+
+
+class StoreError(AdapterStoreError):
+    """Something went wrong between here and the object store."""
+
+
+class StoreUnavailable(StoreError):
+    """The object store can't be reached or doesn't answer. A write may or may not have happened."""
+
+
+class StoreDenied(StoreUnavailable):
+    """The object store refused the credentials, or they don't allow the operation."""
+
+
+class PreconditionFailed(StoreError):
+    """A conditional write lost: the object isn't what the writer had read."""
+
+
+class Conflict(PreconditionFailed):
+    """Another conditional write to the same object was under way; nothing was written."""
+
+
+class DocumentError(StoreError):
+    """A document isn't what this version of Loraplex can read."""
+
+
+class NotFound(StoreError):
+    """There is no such object."""
+
+
+class TenantNotFound(NotFound):
+    """There is no tenant of this id."""
+
+
+class KeyNotFound(NotFound):
+    """The tenant has no API key of this id."""
+
+
+class AdapterNotFound(NotFound):
+    """The tenant has no adapter of this name, or the adapter no such version."""
+
+
+class UploadNotFound(NotFound):
+    """A file of the upload isn't in the quarantine."""
+
+
+class NameTaken(AdapterStoreError):
+    """The name belongs to something else already."""
+
+
+class TenantExists(NameTaken):
+    """There is a tenant of this name already."""
+
+
+class LimitExceeded(AdapterStoreError):
+    """It would go beyond one of the tenant's limits.
+
+    Attributes:
+        limit: the limit's name in TenantLimits, or what else is full.
+    """
+
+    def __init__(self, message: str, limit: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.limit = limit
+
+    def __reduce__(self) -> tuple[type[LimitExceeded], tuple[str, str]]:
+        return type(self), (self.message, self.limit)
+
+
+class AdapterCorrupt(AdapterStoreError):
+    """A stored pack is damaged, also when fetched a second time."""
+
+
+class LocalDiskError(AdapterStoreError):
+    """A folder of this machine is full or can't be written."""
+
+
+class EmbeddedStoreError(AdapterStoreError):
+    """The embedded object store can't be started."""

@@ -59,6 +59,7 @@ class Pack:
         self._data = data
         self._data_start = data_start
         self._spans: dict[int, LayerSpans] = {}
+        self._entries = {layer.index: layer.experts for layer in self.layers}
         at = 0
         for layer, entry in zip(self.layers, header["layers"], strict=True):
             spans = lay_out(layer, self._geometry, at)
@@ -86,12 +87,12 @@ class Pack:
         with path.open("rb") as file:
             header, data_start = _read_header(path, file.read(struct.calcsize(PREAMBLE)), file)
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        expected = data_start + header["data_bytes"]
-        if len(data) != expected:
-            raise PackCorrupt(f"{path} has {len(data)} bytes, {expected} were written")
-        if verify:
-            _verify(path, data, header["crc32"], data_start)
         try:
+            expected = data_start + header["data_bytes"]
+            if len(data) != expected:
+                raise PackCorrupt(f"{path} has {len(data)} bytes, {expected} were written")
+            if verify:
+                _verify(path, data, header["crc32"], data_start)
             return cls(path, data, header, data_start)
         except (KeyError, TypeError, ValueError) as error:
             raise PackCorrupt(f"{path}: the header lacks or mistypes {error}") from error
@@ -159,7 +160,7 @@ class Pack:
 
     def _experts(self, layer: PackLayer | int, i: int) -> tuple[LayerSpans, ExpertEntry]:
         spans = self._layer(layer)
-        experts = next(x.experts for x in self.layers if x.index == _index(layer))
+        experts = self._entries[_index(layer)]
         if experts is None or not 0 <= i < len(experts.ids):
             raise PackLayoutError(
                 f"{self.path}: layer {_index(layer)} has {len(experts.ids) if experts else 0} "

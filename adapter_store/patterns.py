@@ -15,9 +15,12 @@ from re import _constants as op  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
+from .errors import AdapterRefused
+
 MAX_PATTERN_CHARS = 512
-MAX_PATTERNS = 256  # that hold more than letters, digits, '_' and '.'
+MAX_PATTERNS = 64  # that hold more than letters, digits, '_' and '.'
 _MAX_STATES = 4000
+_MAX_WORK = 1_000_000  # state visits while tables are built, about a second and 50 MB
 
 _ANY = (1 << 128) - 1
 _ALL_BUT_NEWLINE = _ANY & ~(1 << ord("\n"))
@@ -29,11 +32,30 @@ class PatternError(ValueError):
     """A pattern isn't a regular expression, or uses what isn't supported."""
 
 
-class Pattern:
-    """One regular expression over ASCII text, without flags, look-around or back-references."""
+class Budget:
+    """What building the tables of one or more patterns may cost, in visits of states."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self) -> None:
+        self._left = _MAX_WORK
+
+    def spend(self, visits: int) -> None:
+        self._left -= visits
+        if self._left < 0:
+            raise AdapterRefused(
+                "bad_config",
+                "adapter_config.json: its patterns take too long to match; write simpler ones",
+            )
+
+
+class Pattern:
+    """One regular expression over ASCII text, without flags, look-around or back-references.
+
+    Matching raises AdapterRefused when the budget is spent, which no sensible pattern comes near.
+    """
+
+    def __init__(self, text: str, budget: Budget | None = None) -> None:
         """Raises: PatternError."""
+        self._budget = budget or Budget()
         if len(text) > MAX_PATTERN_CHARS:
             raise PatternError(f"has {len(text)} characters, at most {MAX_PATTERN_CHARS} are read")
         try:
@@ -49,6 +71,7 @@ class Pattern:
         self._empty: list[list[tuple[str | None, int]]] = []
         start, self._accept = self._sequence(tree)
         self._tables: dict[frozenset[int], dict[str, frozenset[int]]] = {}
+        self._ends: dict[frozenset[int], bool] = {}
         self._start = self._close({start}, {_BEGIN})
         self._start_is_end = self._accept in self._close({start}, {_BEGIN, _END})
 
@@ -69,12 +92,18 @@ class Pattern:
         return self._accepts(states, text)
 
     def _accepts(self, states: frozenset[int], text: str) -> bool:
-        return self._accept in self._close(states, {_END}) if text else self._start_is_end
+        if not text:
+            return self._start_is_end
+        found = self._ends.get(states)
+        if found is None:
+            found = self._ends[states] = self._accept in self._close(states, {_END})
+        return found
 
     def _step(self, states: frozenset[int], char: str) -> frozenset[int]:
         table = self._tables.setdefault(states, {})
         found = table.get(char)
         if found is None:
+            self._budget.spend(len(states))
             bit = 1 << ord(char)
             moves = (self._moves[state] for state in states)
             found = self._close({move[1] for move in moves if move and move[0] & bit}, set())
@@ -90,6 +119,7 @@ class Pattern:
                 if state not in seen and (assertion is None or assertion in holding):
                     seen.add(state)
                     todo.append(state)
+        self._budget.spend(len(seen))
         return frozenset(seen)
 
     def _state(self) -> int:
@@ -213,17 +243,18 @@ class PatternTable:
         self._values = list(values.values())
         self._plain: dict[tuple[int, tuple[int, ...]], dict[str, int]] = {}
         self._general: list[tuple[int, Pattern]] = []
+        budget = Budget()
         for order, text in enumerate(values):
             if _PLAIN.fullmatch(text):
                 dots = tuple(i for i, char in enumerate(text) if char == ".")
                 self._plain.setdefault((len(text), dots), {}).setdefault(text, order)
                 continue
+            if len(self._general) == MAX_PATTERNS:
+                raise PatternError(f"{ascii(text)[:200]} is one of more than {MAX_PATTERNS}")
             try:
-                self._general.append((order, Pattern(rf"(.*\.)?({text})$")))
+                self._general.append((order, Pattern(rf"(.*\.)?({text})$", budget)))
             except PatternError as error:
                 raise PatternError(f"{ascii(text)[:200]} {error}") from None
-        if len(self._general) > MAX_PATTERNS:
-            raise PatternError(f"{len(self._general)} patterns are given, {MAX_PATTERNS} at most")
 
     def get(self, name: str, default: float) -> float:
         """The value of the first pattern that fits `name`."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from .checks import check_topk_ids, check_token_slot
+from .checks import check_token_slot, check_topk_ids
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,17 @@ class AlignedBatch:
     top_k: int
     num_experts: int
     block_size: int
-    sorted_pairs: torch.Tensor  # int32 [rows], a multiple of block_size; num_tokens * top_k = padding
+    sorted_pairs: torch.Tensor  # int32 [rows], rows a multiple of block_size; T * K = padding
     block_expert: torch.Tensor  # int32 [blocks], expert of the rows of each block
-    expert_first_row: torch.Tensor  # int32 [num_experts + 1], padded rows of expert e: [e] to [e+1]
+    expert_first_row: torch.Tensor  # int32 [num_experts + 1], expert e has rows [e] to [e + 1]
     segments: torch.Tensor  # int32 [n, 4]: slot, expert, first row, end row; adapted rows only
     num_blocks: torch.Tensor  # int32 [1]
     num_segments: torch.Tensor  # int32 [1]
+
+    @cached_property
+    def row_token(self) -> torch.Tensor:
+        """int32 [rows]: token of each row; num_tokens = padding."""
+        return self.sorted_pairs // self.top_k
 
 
 def moe_lora_align_block_size(

@@ -20,9 +20,12 @@ def check(
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     actual = tensor.shape
-    if len(actual) != len(shape) or any(
-        want is not None and got != want for got, want in zip(actual, shape, strict=True)
-    ):
+    fits = len(actual) == len(shape)
+    if fits:
+        for got, want in zip(actual, shape, strict=True):
+            if want is not None and got != want:
+                fits = False
+    if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape [{wanted}], got {list(actual)}")
     if dtype is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from .checks import check
+from .host import on_host
 from .lora_batch import DenseSegments
 from .lora_tables import DenseLoraTables
-from .low_rank import LowRankTerms, add_low_rank_
+from .low_rank import Expands, Shrinks, add_low_rank_
 
 
 def lora_linear_(
@@ -33,32 +35,43 @@ def lora_linear_(
             f"tables.rank must have a column for each of the {len(tables.out_sizes)} out_sizes, "
             f"got shape {list(tables.rank.shape)}"
         )
-    terms = _terms(tables, segments)
-    if terms is None:
+    num_slots = tables.rank.shape[0]
+    if segments.slot.size and segments.slot.max() >= num_slots:
+        raise ValueError(
+            f"token_slot must be below the tables' {num_slots} slots, got {segments.slot.max()}"
+        )
+    products = _products(tables, segments)
+    if products is None:
         return
+    shrinks, expands = products
     if segments.order is None:
-        add_low_rank_(out, x, tables.pool, terms, tables.a_transposed)
+        add_low_rank_(out, x, tables.pool, shrinks, expands, tables.a_transposed)
         return
     rows = out[segments.order]
-    add_low_rank_(rows, x[segments.order], tables.pool, terms, tables.a_transposed)
+    add_low_rank_(rows, x[segments.order], tables.pool, shrinks, expands, tables.a_transposed)
     out[segments.order] = rows
 
 
-def _terms(tables: DenseLoraTables, segments: DenseSegments) -> LowRankTerms | None:
+def _products(tables: DenseLoraTables, segments: DenseSegments) -> tuple[Shrinks, Expands] | None:
     slot = segments.slot
-    offset_a, offset_b = tables.offset_a[slot], tables.offset_b[slot]
-    present = (offset_a >= 0) & (offset_b >= 0) & (tables.rank[slot] > 0)
-    run, projection = present.nonzero().unbind(1)
-    if run.numel() == 0:
+    offset_a, offset_b = on_host(tables.offset_a)[slot], on_host(tables.offset_b)[slot]
+    rank = on_host(tables.rank)[slot]
+    run, projection = np.nonzero((offset_a >= 0) & (offset_b >= 0) & (rank > 0))
+    if run.size == 0:
         return None
-    size = torch.tensor(tables.out_sizes, device=slot.device)
-    return LowRankTerms(
-        first_row=segments.first_row[run],
-        end_row=segments.end_row[run],
-        offset_a=offset_a[run, projection],
-        offset_b=offset_b[run, projection],
-        rank=tables.rank[slot][run, projection].long(),
-        scale=tables.scale[slot][run, projection],
-        out_first=(size.cumsum(0) - size)[projection],
+    first, end = segments.first_row[run], segments.end_row[run]
+    column = projection * int(rank.max())
+    rank = rank[run, projection]
+    size = np.array(tables.out_sizes)
+    shrinks = Shrinks(first, end, offset_a[run, projection], rank, column)
+    expands = Expands(
+        first_row=first,
+        end_row=end,
+        offset=offset_b[run, projection],
+        rank=rank,
+        column=column,
+        scale=on_host(tables.scale)[slot][run, projection],
+        out_column=(np.cumsum(size) - size)[projection],
         out_size=size[projection],
     )
+    return shrinks, expands

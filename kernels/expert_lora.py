@@ -1,72 +1,89 @@
-"""LoRA on the experts' projections: which low-rank terms a routed batch has."""
+"""LoRA on the experts' projections: which low-rank products a routed batch has."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from .align import AlignedBatch
+from .host import on_host
 from .lora_tables import FUSED_GATE_UP, ExpertLoraTables
-from .low_rank import LowRankTerms, add_low_rank_
+from .low_rank import Expands, Shrinks, add_low_rank_
 
 
 def add_gate_up_(
     h: torch.Tensor, rows: torch.Tensor, batch: AlignedBatch, tables: ExpertLoraTables
 ) -> None:
     """h [rows, 2I] += scale * B (A x) for gate (first I columns) and up; rows [rows, H]."""
-    hidden, intermediate = rows.shape[1], h.shape[1] // 2
-    slot, expert, first, end = batch.segments.long().unbind(1)
-    a = tables.offset_a13[slot, expert]
-    b = tables.offset_b13[slot, expert]
-    rank = tables.rank[slot, expert, :2].long()
-    scale = tables.scale[slot, expert, :2]
-    gate_rank, up_rank = rank.unbind(1)
-    fused = (tables.layout[slot] & FUSED_GATE_UP) != 0
-    up_a = a + torch.where(fused, 0, gate_rank * hidden)
-    up_b = b + gate_rank * intermediate
-    missing = (a < 0) | (b < 0)
-    rank = rank.masked_fill(missing.unsqueeze(1), 0).T.reshape(-1)
-    column = torch.full_like(first, intermediate)
-    terms = _present(
-        rank,
-        first_row=first.repeat(2),
-        end_row=end.repeat(2),
-        offset_a=torch.cat((a, up_a)),
-        offset_b=torch.cat((b, up_b)),
-        scale=scale.T.reshape(-1),
-        out_first=torch.cat((torch.zeros_like(column), column)),
-        out_size=column.repeat(2),
+    intermediate = h.shape[1] // 2
+    found = _adapted_segments(batch, tables.offset_a13, tables.offset_b13)
+    if found is None:
+        return
+    slot, index, first, end, a, b = found
+    rank = on_host(tables.rank).reshape(-1, 3)[index]
+    scale = on_host(tables.scale).reshape(-1, 3)[index]
+    gate_rank, up_rank = rank[:, 0], rank[:, 1]
+    fused = (on_host(tables.layout)[slot] & FUSED_GATE_UP) != 0
+    # A's gate and up rows lie side by side, or are the same: either way one shrink.
+    a_rank, up_column = gate_rank + up_rank, gate_rank
+    if fused.any():
+        a_rank = np.where(fused, np.maximum(gate_rank, up_rank), a_rank)
+        up_column = np.where(fused, 0, gate_rank)
+    zero = np.zeros(first.size, dtype=np.int32)
+    shrinks = Shrinks(first, end, a, a_rank, zero)
+    expands = Expands(
+        first_row=np.concatenate((first, first)),
+        end_row=np.concatenate((end, end)),
+        offset=np.concatenate((b, b + gate_rank * np.int64(intermediate))),
+        rank=np.concatenate((gate_rank, up_rank)),
+        column=np.concatenate((zero, up_column)),
+        scale=np.concatenate((scale[:, 0], scale[:, 1])),
+        out_column=np.concatenate((zero, zero + intermediate)),
+        out_size=np.concatenate((zero + intermediate, zero + intermediate)),
     )
-    if terms is not None:
-        add_low_rank_(h, rows, tables.pool, terms, a_transposed=False)
+    add_low_rank_(h, rows, tables.pool, _nonzero(shrinks), _nonzero(expands), a_transposed=False)
 
 
 def add_down_(
     y: torch.Tensor, a: torch.Tensor, batch: AlignedBatch, tables: ExpertLoraTables
 ) -> None:
     """y [rows, H] += scale * B (A a) for the down projection; a [rows, I]."""
-    slot, expert, first, end = batch.segments.long().unbind(1)
-    offset_a = tables.offset_a2[slot, expert]
-    offset_b = tables.offset_b2[slot, expert]
-    rank = tables.rank[slot, expert, 2].long()
-    terms = _present(
-        rank.masked_fill((offset_a < 0) | (offset_b < 0), 0),
-        first_row=first,
-        end_row=end,
-        offset_a=offset_a,
-        offset_b=offset_b,
-        scale=tables.scale[slot, expert, 2],
-        out_first=torch.zeros_like(first),
-        out_size=torch.full_like(first, y.shape[1]),
-    )
-    if terms is not None:
-        add_low_rank_(y, a, tables.pool, terms, a_transposed=True)
+    found = _adapted_segments(batch, tables.offset_a2, tables.offset_b2)
+    if found is None:
+        return
+    _, index, first, end, offset_a, offset_b = found
+    rank = on_host(tables.rank).reshape(-1, 3)[index, 2]
+    scale = on_host(tables.scale).reshape(-1, 3)[index, 2]
+    zero = np.zeros(first.size, dtype=np.int32)
+    shrinks = Shrinks(first, end, offset_a, rank, zero)
+    expands = Expands(first, end, offset_b, rank, zero, scale, zero, zero + y.shape[1])
+    add_low_rank_(y, a, tables.pool, _nonzero(shrinks), _nonzero(expands), a_transposed=True)
 
 
-def _present(rank: torch.Tensor, **columns: torch.Tensor) -> LowRankTerms | None:
-    """The terms with a positive rank, or None if there is none."""
-    kept = (rank > 0).nonzero().squeeze(1)
-    if kept.numel() == 0:
+def _adapted_segments(batch: AlignedBatch, offset_a: torch.Tensor, offset_b: torch.Tensor):
+    """Slot, place in the tables, rows and offsets of the segments that have both factors."""
+    segments = on_host(batch.segments)
+    if not segments.size:
         return None
-    if kept.numel() == rank.numel():
-        return LowRankTerms(rank=rank, **columns)
-    return LowRankTerms(rank=rank[kept], **{name: c[kept] for name, c in columns.items()})
+    num_slots = offset_a.shape[0]
+    if segments[:, 0].max() >= num_slots:
+        raise ValueError(
+            f"token_slot must be below the tables' {num_slots} slots, got {segments[:, 0].max()}"
+        )
+    index = segments[:, 0] * np.int64(batch.num_experts) + segments[:, 1]
+    a = on_host(offset_a).reshape(-1)[index]
+    b = on_host(offset_b).reshape(-1)[index]
+    present = (a | b) >= 0  # -1 in either makes the sign bit
+    if not present.all():
+        if not present.any():
+            return None
+        segments, index, a, b = segments[present], index[present], a[present], b[present]
+    return segments[:, 0], index, segments[:, 2], segments[:, 3], a, b
+
+
+def _nonzero(products):
+    """Without the products of rank 0, whose projection isn't adapted."""
+    kept = products.rank > 0
+    if kept.all():
+        return products
+    return type(products)(**{name: column[kept] for name, column in vars(products).items()})

@@ -23,7 +23,7 @@ class ExpertLoraTables:
     An offset counts elements from the start of `pool`; -1 says that the adapter leaves that
     expert's factor alone. I is this rank's share of the intermediate size. Blocks, row-major:
 
-    - a13: [rank_gate + rank_up, H], gate rows first; with FUSED_GATE_UP [rank_gate, H], used by both
+    - a13: [rank_gate + rank_up, H], gate rows first; with FUSED_GATE_UP [rank_gate, H] for both
     - b13: [I, rank_gate] for gate, then [I, rank_up] for up
     - a2:  [I, rank_down] (transposed, so that a cut along I is contiguous)
     - b2:  [H, rank_down]

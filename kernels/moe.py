@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from . import torch_backend as backend
+from .checks import check
 from .lora_batch import LoraBatch
 from .lora_tables import ExpertLoraTables
+from .runner import MoeRunner
+
+_RUNNER = MoeRunner()
 
 
 def fused_moe(
@@ -36,18 +39,13 @@ def fused_moe(
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value.
     """
+    check("x", x, shape=(None, None))
+    check("w13", w13, shape=(None, None, x.shape[1]))
+    check("w2", w2, shape=(w13.shape[0], x.shape[1], None))
     if lora is None:
         lora_batch = None
     elif isinstance(token_slot, torch.Tensor):
         lora_batch = LoraBatch.from_token_slot(token_slot)
     else:
         lora_batch = token_slot
-    batch = backend.align(topk_ids, lora_batch, w13.shape[0])
-    h = backend.gate_up(x, w13, batch)
-    if lora is not None and lora_batch is not None:
-        backend.lora_gate_up_(h, x, batch, lora)
-    a = backend.activate(h)
-    y = backend.down(a, w2, batch)
-    if lora is not None and lora_batch is not None:
-        backend.lora_down_(y, a, batch, lora)
-    return backend.combine(y, topk_weights, batch)
+    return _RUNNER(x, w13, w2, topk_weights, topk_ids, lora, lora_batch)

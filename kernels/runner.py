@@ -56,7 +56,7 @@ class MoeRunner:
         lora: ExpertLoraTables | None = None,
         lora_batch: LoraBatch | None = None,
     ) -> torch.Tensor:
-        """One MoE layer. Shapes as in `fused_moe`; no LoRA work unless both lora arguments are there.
+        """One MoE layer. Shapes as in `fused_moe`; without both lora arguments, no LoRA work.
 
         Returns:
             [T, H]

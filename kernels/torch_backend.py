@@ -2,17 +2,20 @@
 
 Rows are ordered by (expert, slot) without padding. Stages run in the order align, gate_up,
 [lora_gate_up_], activate, down, [lora_down_], combine; the bracketed hooks are all that LoRA adds,
-and are skipped where no token has an adapter.
+and are skipped where no token has an adapter. For inference: no gradients are recorded.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from .align import AlignedBatch, moe_lora_align_block_size
-from .checks import FLOAT_TYPES, check
+from .align import AlignedBatch
+from .checks import FLOAT_TYPES, INTEGER_TYPES, check, check_token_slot
 from .expert_lora import add_down_, add_gate_up_
 from .grouped_gemm import grouped_mm
+from .host import on_host
+from .host_align import align_on_host
 from .lora_batch import LoraBatch
 from .lora_tables import ExpertLoraTables
 
@@ -25,8 +28,10 @@ def align(topk_ids: torch.Tensor, lora_batch: LoraBatch | None, num_experts: int
         lora_batch: adapters of the step's tokens; None = no token has one.
         num_experts: experts on this rank.
     """
-    token_slot = None if lora_batch is None else lora_batch.token_slot
-    return moe_lora_align_block_size(topk_ids, token_slot, 1, num_experts)
+    check("topk_ids", topk_ids, shape=(None, None), dtype=INTEGER_TYPES)
+    if lora_batch is not None:
+        check_token_slot(lora_batch.token_slot, topk_ids.shape[0], topk_ids.device)
+    return align_on_host(topk_ids, lora_batch, num_experts)
 
 
 def gate_up(x: torch.Tensor, w13: torch.Tensor, batch: AlignedBatch) -> torch.Tensor:
@@ -86,27 +91,28 @@ def combine(y: torch.Tensor, topk_weights: torch.Tensor, batch: AlignedBatch) ->
     check("topk_weights", topk_weights, shape=(num_tokens, top_k), device=y.device)
     if y.shape[0] == 0:
         return y.new_zeros(num_tokens, y.shape[1])
-    pairs = batch.sorted_pairs
-    rows = torch.arange(pairs.numel(), dtype=torch.int32, device=y.device)
-    row_of_pair = torch.empty(num_tokens * top_k, dtype=torch.int32, device=y.device)
-    first = torch.arange(0, num_tokens * top_k, top_k, dtype=torch.int32, device=y.device)
+    pairs = on_host(batch.sorted_pairs)
+    row_of_pair = np.full(num_tokens * top_k, -1, dtype=np.int32)
+    row_of_pair[pairs] = np.arange(pairs.size, dtype=np.int32)
+    first = np.arange(0, num_tokens * top_k, top_k, dtype=np.int32)
     weights = topk_weights.reshape(-1).to(y.dtype)
-    if pairs.numel() == num_tokens * top_k:
-        row_of_pair[pairs] = rows
-    else:
-        row_of_pair.fill_(-1)
-        row_of_pair[pairs] = rows
+    if pairs.size < num_tokens * top_k:
         here = row_of_pair >= 0
-        row_of_pair, weights = row_of_pair[here], weights[here]
-        first = (here.cumsum(0, dtype=torch.int32) - here.int())[first]
+        row_of_pair = row_of_pair[here]
+        weights = weights[torch.from_numpy(here).to(y.device)]
+        first = (here.cumsum(dtype=np.int32) - here)[first]
     return torch.nn.functional.embedding_bag(
-        row_of_pair, y, first, mode="sum", per_sample_weights=weights
+        torch.from_numpy(row_of_pair).to(y.device),
+        y,
+        torch.from_numpy(first).to(y.device),
+        mode="sum",
+        per_sample_weights=weights,
     )
 
 
 def _rows(x: torch.Tensor, batch: AlignedBatch) -> torch.Tensor:
     """Each row's token of x [T, H]."""
-    return x.index_select(0, batch.sorted_pairs // batch.top_k)
+    return x.index_select(0, batch.row_token)
 
 
 def _num_rows(batch: AlignedBatch) -> int:
@@ -123,7 +129,11 @@ def _check_batch(batch: AlignedBatch) -> None:
 
 def _check_tables(tables: ExpertLoraTables, batch: AlignedBatch, device: torch.device) -> None:
     check("tables.pool", tables.pool, shape=(None,), dtype=FLOAT_TYPES, device=device)
-    for name in ("offset_a13", "offset_b13", "offset_a2", "offset_b2"):
-        check(f"tables.{name}", getattr(tables, name), shape=(None, batch.num_experts))
-    check("tables.rank", tables.rank, shape=(None, batch.num_experts, 3))
-    check("tables.scale", tables.scale, shape=(None, batch.num_experts, 3))
+    shape = (None, batch.num_experts)
+    check("tables.offset_a13", tables.offset_a13, shape=shape)
+    check("tables.offset_b13", tables.offset_b13, shape=shape)
+    check("tables.offset_a2", tables.offset_a2, shape=shape)
+    check("tables.offset_b2", tables.offset_b2, shape=shape)
+    check("tables.rank", tables.rank, shape=(*shape, 3))
+    check("tables.scale", tables.scale, shape=(*shape, 3))
+    check("tables.layout", tables.layout, shape=(None,))

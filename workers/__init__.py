@@ -10,9 +10,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .channels import FrameProtocol
+    from .config import EngineConfig, ModelConfig
+    from .engine import Engine
     from .engine_process import EngineLike, LinkAddress, RankProgram, run_rank
-    from .errors import GroupFailed, WireAuthError, WireError
+    from .engine_program import EngineProgram
+    from .errors import (
+        AdapterTooLarge,
+        GroupFailed,
+        ModelFilesInvalid,
+        ModelUnsupported,
+        PoolFull,
+        WireAuthError,
+        WireError,
+        WorkerError,
+    )
     from .front import FrontConfig, GroupFront
+    from .group import GroupRanks, RankPlacement
+    from .handshake import ClientHandshake
+    from .model_runner import run_follower
+    from .packs import PackSource
     from .report import EngineReport, GroupReport
     from .request import (
         AdapterRef,
@@ -22,38 +39,44 @@ if TYPE_CHECKING:
         TokenLogprob,
         TokenOutput,
     )
-    from .wire import (
-        DEAD_AFTER_S,
-        HANDSHAKE_TIMEOUT_S,
-        PING_EVERY_S,
-        ClientHandshake,
-        Frame,
-        FrameProtocol,
-    )
+    from .wire import DEAD_AFTER_S, HANDSHAKE_TIMEOUT_S, PING_EVERY_S, Frame
 
 _HOME = {
     "AdapterRef": "request",
-    "ClientHandshake": "wire",
+    "AdapterTooLarge": "errors",
+    "ClientHandshake": "handshake",
     "DEAD_AFTER_S": "wire",
+    "Engine": "engine",
+    "EngineConfig": "config",
     "EngineLike": "engine_process",
+    "EngineProgram": "engine_program",
     "EngineReport": "report",
     "FinishReason": "request",
     "Frame": "wire",
-    "FrameProtocol": "wire",
+    "FrameProtocol": "channels",
     "FrontConfig": "front",
     "GenerationRequest": "request",
     "GroupFailed": "errors",
     "GroupFront": "front",
+    "GroupRanks": "group",
     "GroupReport": "report",
     "HANDSHAKE_TIMEOUT_S": "wire",
     "LinkAddress": "engine_process",
+    "ModelConfig": "config",
+    "ModelFilesInvalid": "errors",
+    "ModelUnsupported": "errors",
     "PING_EVERY_S": "wire",
+    "PackSource": "packs",
+    "PoolFull": "errors",
+    "RankPlacement": "group",
     "RankProgram": "engine_process",
     "SamplingParams": "request",
     "TokenLogprob": "request",
     "TokenOutput": "request",
     "WireAuthError": "errors",
     "WireError": "errors",
+    "WorkerError": "errors",
+    "run_follower": "model_runner",
     "run_rank": "engine_process",
 }
 
@@ -62,8 +85,12 @@ __all__ = [
     "HANDSHAKE_TIMEOUT_S",
     "PING_EVERY_S",
     "AdapterRef",
+    "AdapterTooLarge",
     "ClientHandshake",
+    "Engine",
+    "EngineConfig",
     "EngineLike",
+    "EngineProgram",
     "EngineReport",
     "FinishReason",
     "Frame",
@@ -72,14 +99,23 @@ __all__ = [
     "GenerationRequest",
     "GroupFailed",
     "GroupFront",
+    "GroupRanks",
     "GroupReport",
     "LinkAddress",
+    "ModelConfig",
+    "ModelFilesInvalid",
+    "ModelUnsupported",
+    "PackSource",
+    "PoolFull",
+    "RankPlacement",
     "RankProgram",
     "SamplingParams",
     "TokenLogprob",
     "TokenOutput",
     "WireAuthError",
     "WireError",
+    "WorkerError",
+    "run_follower",
     "run_rank",
 ]
 

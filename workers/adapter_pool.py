@@ -6,6 +6,7 @@ had room; the tables of `loraplex.kernels` say where. Slots only number the resi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -25,7 +26,8 @@ from .errors import AdapterTooLarge, PoolFull, WorkerError
 from .pool_pages import BlockLayout, Pages
 from .shard import Shard
 
-_TORCH_OF = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Packs are mapped read-only, and nothing here writes through the tensors made over them.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 _ALIGN_BYTES = 16
 _MIN_PAGE, _MAX_PAGE = 16 << 10, 2 << 20
 

@@ -140,7 +140,7 @@ class PagedKVCache:
         v_cache.view(-1, kv_heads, d).index_copy_(0, batch.write_slots, v)
         out = torch.empty(t, heads * d, dtype=q.dtype, device=q.device)
         for bucket in batch.buckets:
-            b, n, nb = bucket.shape
+            b, n, _ = bucket.shape
             keys = k_cache.index_select(0, bucket.blocks).view(b, -1, kv_heads, d).transpose(1, 2)
             values = v_cache.index_select(0, bucket.blocks).view(b, -1, kv_heads, d).transpose(1, 2)
             # The G query heads of a KV head become queries of it: [B, KVH, G * Q, D].

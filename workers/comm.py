@@ -55,9 +55,7 @@ class Comm:
         if n > _INLINE_BYTES - 8:
             rest = torch.zeros(n - (_INLINE_BYTES - 8), dtype=torch.uint8)
             if self.rank == 0:
-                rest[:] = torch.frombuffer(
-                    bytearray(body[_INLINE_BYTES - 8 :]), dtype=torch.uint8
-                )
+                rest[:] = torch.frombuffer(bytearray(body[_INLINE_BYTES - 8 :]), dtype=torch.uint8)
             dist.broadcast(rest, src=0, group=self._control)
             raw += rest.numpy().tobytes()
         return message if self.rank == 0 else msgpack.unpackb(raw[8 : 8 + n])

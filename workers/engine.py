@@ -227,9 +227,7 @@ class Engine:
             return ()
         return (*self.config.model.eos_token_ids, *params.stop_token_ids)
 
-    def _add_prompt_logprobs(
-        self, seq: Sequence, step: SequenceStep, logits: torch.Tensor
-    ) -> None:
+    def _add_prompt_logprobs(self, seq: Sequence, step: SequenceStep, logits: torch.Tensor) -> None:
         assert seq.prompt_logprobs is not None
         first = step.start + step.logits_from + 1  # position that the first row predicts
         targets = list(seq.request.prompt_ids[first : first + len(logits)])
@@ -265,4 +263,3 @@ def _sequence_step(w: Scheduled) -> SequenceStep:
 
 def _failed(request_id: str, code: str, message: str) -> TokenOutput:
     return TokenOutput(request_id, finish_reason="error", error_code=code, error=message)
-

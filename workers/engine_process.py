@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from .channels import BlockingChannel
 from .errors import WireError
 from .report import EngineReport
 from .request import AdapterRef, GenerationRequest, TokenOutput
-from .wire import BlockingChannel, Frame, encode, encode_batch, error_output
+from .wire import Frame, encode, encode_batch, error_output
 
 REPORT_EVERY_S = 0.5
 # A step that had nothing to do (it waits for a load, say) returns at once; without a rest the

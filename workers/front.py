@@ -67,7 +67,7 @@ class GroupFront:
         self._up: set[int] = set()
         self._closing = False
         self._resident_version = 0
-        self._announced: Frame = {}
+        self._told_load: Frame = {}
         self._desired: tuple[str, ...] | None = None
         self._servers: list[asyncio.Server] = []
         self._ticker: asyncio.Task[None] | None = None
@@ -154,6 +154,7 @@ class GroupFront:
         if self.failure is None and not self._closing:
             self.failure = why
             log.error("group %s failed: %s", self.config.group, why)
+            self._broadcast(encode({"t": "draining"}))
         self._fail_streams(code, why)
 
     # Load and advice
@@ -177,14 +178,8 @@ class GroupFront:
         }
 
     def announcement(self) -> Frame:
-        """What gateways are told about the group besides tokens."""
-        return {
-            "t": "report",
-            "group": self.config.group,
-            "gpu": sorted(self.report.gpu),
-            "disk": sorted(self.report.disk),
-            "load": self.load(),
-        }
+        """What gateways are told about the group's adapters."""
+        return {"t": "report", "gpu": sorted(self.report.gpu), "load": self.load()}
 
     def advise(self, desired: Sequence[str], purge: Sequence[str]) -> None:
         """Passes the controller's advice on: keys of adapters to hold, and to forget."""
@@ -201,7 +196,7 @@ class GroupFront:
 
     def joined(self, link: GatewayLink) -> None:
         self._gateways[link.client] = link
-        if self.draining:
+        if self.draining or self.failure is not None:
             link.send({"t": "draining"})
 
     def submit(self, link: GatewayLink, request: Mapping[str, Any], credit: int) -> None:
@@ -210,7 +205,7 @@ class GroupFront:
         refusal = self._refusal()
         leader = self._ranks.get(0)
         if refusal or leader is None:
-            code, text = refusal or ("group_failed", "rank 0 isn't connected yet")
+            code, text = refusal or ("draining", "rank 0 isn't connected")
             link.send_batch([error_output(request_id, code, text)], self.load())
             return
         stream = self._streams.add(link.client, request_id, credit)
@@ -257,19 +252,20 @@ class GroupFront:
         self._abort_in_engine(aborts)
 
     def take_report(self, report: EngineReport) -> None:
-        if report.gpu.keys() != self.report.gpu.keys():
-            self._resident_version += 1
+        changed = report.gpu.keys() != self.report.gpu.keys()
         self.report = report
-        announcement = self.announcement()
-        if announcement != self._announced:
-            self._announced = announcement
-            self._broadcast(encode(announcement))
+        if changed:
+            self._resident_version += 1
+            self._broadcast(encode(self.announcement()))
+        elif self.load() != self._told_load:
+            # Gateways without streams here get no batches, and would go by a load long past.
+            self._tell_load()
 
     # Inside
 
     def _refusal(self) -> tuple[str, str] | None:
         if self.failure is not None:
-            return "group_failed", self.failure
+            return "draining", f"the group has failed and will be replaced: {self.failure}"
         if self.draining or self._closing:
             return "draining", "the group is shutting down and takes no new requests"
         if self._streams.running >= self.config.max_open:
@@ -299,13 +295,17 @@ class GroupFront:
             if not gateway.paused:
                 gateway.send_bytes(data)
 
+    def _tell_load(self) -> None:
+        self._told_load = self.load()
+        self._broadcast(encode({"t": "ping", "load": self._told_load}))
+
     async def _tick(self) -> None:
         """Pings gateways, drops silent ones, and watches rank 0 for a hang."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(PING_EVERY_S)
             now = loop.time()
-            self._broadcast(encode({"t": "ping", "load": self.load()}))
+            self._tell_load()
             for gateway in list(self._gateways.values()):
                 if now - gateway.heard > DEAD_AFTER_S:
                     gateway.close(f"nothing heard for {DEAD_AFTER_S:g} s")

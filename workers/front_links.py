@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from .channels import FrameProtocol
 from .errors import WireError
+from .handshake import ServerHandshake
 from .report import EngineReport
 from .streams import Client, Output
 from .wire import (
@@ -13,8 +15,6 @@ from .wire import (
     MAX_FRAME_BYTES,
     MAX_HANDSHAKE_BYTES,
     Frame,
-    FrameProtocol,
-    ServerHandshake,
     encode_batch,
     field,
 )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -65,7 +64,7 @@ class RankActor:
 class GroupRanks:
     """The rank actors of one group. They end with their front, with Ray, or by `kill`."""
 
-    def __init__(self, actors: list[ActorHandle]):
+    def __init__(self, actors: list[Any]):
         self._actors = actors
         self.pids: list[int] = []
 
@@ -98,9 +97,7 @@ class GroupRanks:
                 ray.kill(actor, no_restart=True)
 
 
-def _create(
-    program: RankProgram, link: LinkAddress, placement: RankPlacement, rank: int
-) -> ActorHandle:
+def _create(program: RankProgram, link: LinkAddress, placement: RankPlacement, rank: int) -> Any:
     strategy = "DEFAULT"
     if placement.bundles is not None:
         strategy = PlacementGroupSchedulingStrategy(

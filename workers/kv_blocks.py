@@ -77,7 +77,7 @@ class KVBlocks:
             self._hash_of[block] = h
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Gives up one hold on each. The tail of a sequence is freed first, so that it goes first."""
+        """Gives up one hold on each. A sequence's tail is freed first, so that it goes first."""
         for block in reversed(blocks):
             self._holders[block] -= 1
             if self._holders[block] == 0:

@@ -33,9 +33,7 @@ class RotaryEmbedding:
         return (y * cos + turned * sin).to(x.dtype)
 
 
-def route(
-    logits: torch.Tensor, top_k: int, renormalise: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def route(logits: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax routing.
 
     Args:

@@ -184,9 +184,7 @@ class Residency:
                 "upload it again"
             )
 
-    def _load(
-        self, pack: Pack, ref: AdapterRef, path: Path, evict_desired: bool
-    ) -> _Resident:
+    def _load(self, pack: Pack, ref: AdapterRef, path: Path, evict_desired: bool) -> _Resident:
         # Evicting for an adapter that can't fit anyway would empty the pool for nothing.
         self._pool.check_fits(pack)
         victims = self._victims(evict_desired)

@@ -60,7 +60,7 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     temperature = torch.tensor([p.temperature for p in params], device=device)
     # In float32 a temperature of 1e-6 would overflow; such rows are greedy to rounding anyway.
     scaled = logits[rows] / temperature.clamp(min=1e-4)[:, None]
-    u = torch.tensor([uniform(p.seed, draws[i].position) for i, p in zip(rows, params, strict=True)])
+    u = torch.tensor([uniform(draws[i].params.seed, draws[i].position) for i in rows])
     drawn = _invert(scaled, u.to(device), params)
     chosen[rows] = drawn
     return chosen

@@ -51,6 +51,8 @@ class Sequence:
         """Names every full block of the tokens known so far."""
         while (len(self.hashes) + 1) * block_size <= len(self.tokens):
             n = len(self.hashes)
-            previous = self.hashes[-1] if n else first_hash(self.request.tenant_id, self.adapter_key)
+            previous = (
+                self.hashes[-1] if n else first_hash(self.request.tenant_id, self.adapter_key)
+            )
             block = self.tokens[n * block_size : (n + 1) * block_size]
             self.hashes.append(next_hash(previous, block))

@@ -51,9 +51,7 @@ class Qwen3Moe:
         if not config.tie_word_embeddings and shard.rank == 0:
             self._head = checkpoint.get("lm_head.weight")
         self._rope = RotaryEmbedding(config.head_dim, config.rope_theta, max_positions, device)
-        self._layers = [
-            _load_layer(checkpoint, config, shard, n) for n in range(config.num_layers)
-        ]
+        self._layers = [_load_layer(checkpoint, config, shard, n) for n in range(config.num_layers)]
 
     def forward(
         self,

@@ -1,0 +1,188 @@
+"""Which adapters each group should hold: a pure, deterministic planner.
+
+It starts from what the groups hold and what the last plan wanted, and changes only what pays:
+a plan under constant demand comes to rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+
+from ...workers import GroupReport
+from ..rendezvous import rank
+from .board import Board
+from .fill import Moves, even_out, place_missing
+from .plan import PlacementConfig, Plan
+
+
+def plan(
+    reports: Iterable[GroupReport],
+    demand: Mapping[str, float],
+    previous: Plan,
+    config: PlacementConfig,
+) -> Plan:
+    """The next plan.
+
+    Args:
+        reports: the newest one of each live group, in any order.
+        demand: adapter key -> weighted tokens/s; base-model work under "tenant/base".
+        previous: the last plan; an empty one after a start.
+        config: how eagerly to act.
+
+    Returns:
+        A plan in which no group's desired adapters exceed its pool; a copy that was desired and
+        is held goes only if another desired copy of it is held, or to make room for what is asked
+        for more while no other group has room for it; draining groups keep what they hold and
+        get nothing new.
+    """
+    groups = sorted(reports, key=lambda g: g.group)
+    serving = [g for g in groups if not g.draining]
+    sizes = _sizes(groups, demand, previous.sizes)
+    rates = {
+        k: rate for k, rate in sorted(demand.items()) if rate >= config.min_rate and k in sizes
+    }
+    overdue = {copy for copy, age in previous.waiting.items() if age >= config.patience_ticks}
+    board = Board(serving, rates, sizes, overdue)
+    total = sum(rate for _, rate in sorted(demand.items()))  # sorted: sums round by order
+    replicas = {
+        key: _replicas(rate, total, board, key, previous.replicas.get(key, 1), config)
+        for key, rate in rates.items()
+    }
+    relocations = _keep(board, replicas, previous, overdue)
+    largest = max((sizes[key] for key in rates), default=0)
+    moves = Moves(
+        board,
+        min(
+            previous.credit_bytes + config.move_bytes_per_tick,
+            max(config.move_bytes_per_tick, largest),
+        ),
+    )
+    place_missing(board, replicas, relocations, moves, config)
+    even_out(board, relocations, moves, config)
+
+    desired = {name: tuple(board.ranked(name)) for name in board.names}
+    for group in groups:
+        if group.draining:
+            held = sorted(group.engine.gpu, key=lambda k: (-demand.get(k, 0.0), k))
+            desired[group.group] = tuple(held)
+    return Plan(
+        desired=desired,
+        placement=_placement(board, serving),
+        moves=tuple(moves.made),
+        replicas=replicas,
+        relocations=relocations,
+        waiting={
+            (key, name): previous.waiting.get((key, name), 0) + 1
+            for name in board.names
+            for key in desired[name]
+            if not board.holds(name, key)
+        },
+        sizes={key: sizes[key] for key in sorted(demand) if key in sizes},
+        credit_bytes=moves.credit_bytes,
+    )
+
+
+def _sizes(
+    groups: list[GroupReport], demand: Mapping[str, float], known: Mapping[str, int]
+) -> dict[str, int]:
+    """Bytes of adapters in a pool: as reported now or before, else estimated from their packs."""
+    gpu: dict[str, int] = {}
+    disk: dict[str, int] = {}
+    for group in groups:
+        for sizes, reported in ((gpu, group.engine.gpu), (disk, group.engine.disk)):
+            for key, nbytes in reported.items():
+                sizes[key] = max(nbytes, sizes.get(key, 0))
+    # A pool may keep another precision than the packs, and rounds up to its blocks.
+    growth = max((gpu[k] / disk[k] for k in gpu if disk.get(k)), default=1.0)
+    estimated = {key: int(nbytes * growth) for key, nbytes in disk.items() if key not in gpu}
+    return {k: n for k, n in (estimated | dict(known) | gpu).items() if k in demand or k in gpu}
+
+
+def _replicas(
+    rate: float,
+    total: float,
+    board: Board,
+    key: str,
+    count: int,
+    config: PlacementConfig,
+) -> int:
+    """Copies that an adapter should have: its demand in groups' fair shares, rounded up.
+
+    `count` is what the last plan wanted. The band around each step keeps the number from changing
+    back and forth; it is kept by adapter, so a group that joins or leaves doesn't wipe it out.
+    """
+    if rate < config.replica_min_rate * (1.0 if count == 1 else 0.5):
+        return 1
+    shares = rate / total * len(board.names)
+    while shares > count + config.replica_band:
+        count += 1
+    while count > 1 and shares < count - 1 - config.replica_band:
+        count -= 1
+    able = sum(board.able(key, group) for group in board.names)
+    return max(1, min(count, able))
+
+
+def _keep(
+    board: Board,
+    replicas: Mapping[str, int],
+    previous: Plan,
+    overdue: AbstractSet[tuple[str, str]],
+) -> dict[str, tuple[str, str]]:
+    """Puts on the board what is already there or on its way, and trims surplus copies.
+
+    Returns the relocations that go on.
+    """
+    wanted: dict[str, set[str]] = {}
+    for group in board.names:
+        for key in previous.desired.get(group, ()):
+            if board.holds(group, key) or (key, group) not in overdue:
+                wanted.setdefault(key, set()).add(group)
+    relocations: dict[str, tuple[str, str]] = {}
+    counts: dict[str, int] = {}
+    steps: list[list[tuple[str, str]]] = [[], [], [], []]
+    for key, count in replicas.items():
+        planned, held = wanted.get(key, set()), board.holders(key)
+        source, target = previous.relocations.get(key, ("", ""))
+        if source in held and target in planned:
+            if target in held:
+                held.discard(source)
+                planned.discard(source)
+            else:
+                relocations[key] = (source, target)
+                count += 1
+        counts[key] = count
+        for nth, group in enumerate(_best_first(board, key, held, planned)):
+            # What was loaded for a request alone must not push out what is on its way.
+            step = (0 if group in held else 1) if group in planned else 2
+            steps[step if nth < count else 3].append((key, group))
+    for step in steps:
+        for key, group in sorted(step, key=lambda c: (-board.demand[c[0]], c)):
+            if board.count(key) < counts[key] and board.fits(key, group):
+                board.add(key, group)
+    return {
+        key: pair for key, pair in relocations.items() if set(pair) <= board.copies.get(key, set())
+    }
+
+
+def _best_first(board: Board, key: str, held: set[str], planned: set[str]) -> list[str]:
+    groups = held | planned
+    if len(groups) < 2:
+        return list(groups)
+    return sorted(rank(key, groups), key=lambda g: (g not in held, g not in planned))
+
+
+def _placement(board: Board, serving: list[GroupReport]) -> dict[str, tuple[str, ...]]:
+    """Where requests go: copies that are held; before the first is, the one on its way."""
+    holders: dict[str, list[str]] = {}
+    for group in serving:
+        for key in group.engine.gpu:
+            holders.setdefault(key, []).append(group.group)
+    placement: dict[str, tuple[str, ...]] = {}
+    for key in sorted(board.copies.keys() | holders.keys()):
+        names = board.held_copies(key) or holders.get(key)
+        if names:
+            placement[key] = tuple(rank(key, names))
+        elif board.copies[key]:
+            placement[key] = (rank(key, board.copies[key])[0],)
+    return placement

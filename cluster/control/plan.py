@@ -1,0 +1,63 @@
+"""What the planner is told and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    """How eagerly the planner acts.
+
+    Args:
+        min_rate: weighted tokens/s below which an adapter isn't planned for; it stays where it is
+            until the room is needed.
+        replica_min_rate: weighted tokens/s below which an adapter gets no second copy, and below
+            which load isn't evened out between groups.
+        replica_band: hysteresis of the number of copies, in groups' fair shares.
+        displace_margin: how many times the displaced copies' worth a new copy must be worth.
+        imbalance: how many times the mean load a group must bear before an adapter leaves it.
+        move_bytes_per_tick: bytes that groups are asked to load in a tick. What isn't used is
+            saved up to one adapter's size, so that big ones can move too.
+        patience_ticks: how long a copy may be on its way. Then it is given up for a tick, which
+            lets another group have it, or makes the same one try again.
+    """
+
+    min_rate: float = 0.01
+    replica_min_rate: float = 20.0
+    replica_band: float = 0.25
+    displace_margin: float = 1.5
+    imbalance: float = 1.5
+    move_bytes_per_tick: int = 1 << 30
+    patience_ticks: int = 120
+
+
+@dataclass(frozen=True)
+class Move:
+    """A copy that a group is asked to load."""
+
+    key: str
+    group: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan, and what the next one needs to know of it.
+
+    `desired`: group -> adapter keys, the most worth first. `placement`: adapter key -> groups to
+    send its requests to, for the routing table. `moves`: loads newly asked for. `replicas`: copies
+    meant for each adapter. `relocations`: adapter key -> (from, to); both are desired until `to`
+    holds it. `waiting`: (adapter key, group) -> ticks that a copy has been on its way.
+    `sizes`: bytes in a pool by adapter. `credit_bytes`: unused budget.
+    """
+
+    desired: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    placement: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    moves: tuple[Move, ...] = ()
+    replicas: Mapping[str, int] = field(default_factory=dict)
+    relocations: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    waiting: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    credit_bytes: int = 0

@@ -1,0 +1,281 @@
+"""Sends requests to worker groups, and carries them on at another group when theirs fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import zlib
+from array import array
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ..workers import GenerationRequest, TokenOutput
+from .connection import GroupConnection, GroupLost, GroupStream
+from .control.table import GroupEntry, RoutingTable
+
+log = logging.getLogger(__name__)
+
+# since (epoch, version) -> the table's wire form, None when it hasn't changed
+TableSource = Callable[[tuple[int, int]], Awaitable[dict[str, Any] | None]]
+Choose = Callable[
+    [RoutingTable, str | None, int, Mapping[str, float], AbstractSet[str]], GroupEntry | None
+]
+Event = Literal["continuation", "refused", "no_group"]
+
+_HASHED_TOKENS = 256
+_WAIT_STEP_S = 0.05
+_TABLE_TIMEOUT_S = 5.0
+# The group lives, but not for this request: another one may take it, and nothing was lost.
+_REFUSALS = frozenset({"overloaded", "draining"})
+
+
+@dataclass(frozen=True)
+class DispatchLimits:
+    """
+    Args:
+        max_continuations: how often a request goes on elsewhere after its group failed.
+        max_engine_failures: the same after an exception in the engine. It is lower because the
+            request itself may be the cause, and would fail one group after the other.
+        patience_s: how long a new request waits for a group when none is connected.
+        continuation_patience_s: the same for one whose group failed; about what a group's
+            restart takes, since its tokens would be lost otherwise.
+        poll_s: how often the table is pulled.
+    """
+
+    max_continuations: int = 3
+    max_engine_failures: int = 1
+    patience_s: float = 5.0
+    continuation_patience_s: float = 20.0
+    poll_s: float = 0.5
+
+
+class Dispatcher:
+    """A gateway's way to the groups. All methods belong to the event loop that called `start`.
+
+    Args:
+        table_source: the controller's table; may raise or hang, the last table serves on.
+        secret: the cluster secret.
+        choose: picks a group (`cluster.routing.choose`).
+        on_event: told (event, group) for metrics; the group is "" where there is none.
+    """
+
+    def __init__(
+        self,
+        table_source: TableSource,
+        secret: bytes,
+        choose: Choose,
+        limits: DispatchLimits | None = None,
+        on_event: Callable[[Event, str], None] = lambda event, group: None,
+    ):
+        self._source = table_source
+        self._secret = secret
+        self._choose = choose
+        self._limits = limits or DispatchLimits()
+        self._on_event = on_event
+        self._table = RoutingTable()
+        self._connections: dict[str, GroupConnection] = {}
+        self._missed = False  # the last pull failed
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Pulls the table once, then keeps pulling it in the background."""
+        await self._pull()
+        self._task = asyncio.get_running_loop().create_task(self._poll())
+
+    async def close(self) -> None:
+        """Ends every connection; open requests end with an error."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        connections = list(self._connections.values())
+        self._connections.clear()
+        await asyncio.gather(*(c.close() for c in connections))
+
+    @property
+    def table(self) -> RoutingTable:
+        """The newest table that came."""
+        return self._table
+
+    def ready(self) -> bool:
+        """Some group would take a request now."""
+        return any(c.connected and not c.draining for c in self._connections.values())
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenOutput, None]:
+        """The outputs of a request; the last one has a `finish_reason`.
+
+        When the group fails, the request goes on at another one from the tokens that came, which
+        are not repeated. Errors are outputs too: those of the group, "group_failed" when there
+        were too many failures, "no_group" when no group can be reached. Closing the generator
+        (or cancelling its task) ends the work on the group.
+        """
+        progress = _Progress(request)
+        refused: set[str] = set()
+        failures = engine_failures = 0
+        patience_s = self._limits.patience_s
+        error = _error(request, "no_group", "no worker group can be reached; try again later")
+        while True:
+            connection = await self._pick(request, refused, patience_s)
+            if connection is None:
+                self._on_event("no_group", "")
+                yield error
+                return
+            stream: GroupStream | None = None
+            try:
+                stream = connection.open(progress.request())
+                while True:
+                    output = await stream.next()
+                    if output.error_code in _RETRIED:
+                        break
+                    progress.note(output)
+                    yield output
+                    if output.finish_reason is not None or output.error_code is not None:
+                        return
+            except GroupLost as e:
+                output = _error(request, "group_failed", str(e))
+            finally:
+                if stream is not None:
+                    stream.close()
+            error = output
+            if error.error_code in _REFUSALS:
+                self._on_event("refused", connection.group)
+                refused.add(connection.group)
+                if error.error_code == "overloaded":
+                    patience_s = 0.0  # the caller is to slow down, unless another group has room
+                continue
+            log.warning(
+                "request %s: group %s failed after %d tokens: %s",
+                request.request_id,
+                connection.group,
+                progress.count,
+                error.error,
+            )
+            failures += 1
+            engine_failures += error.error_code == "engine_failed"
+            if connection.connected:
+                refused.add(connection.group)  # its front answers, but its ranks are gone
+            if (
+                failures > self._limits.max_continuations
+                or engine_failures > self._limits.max_engine_failures
+            ):
+                yield error
+                return
+            if progress.complete:
+                # The group was lost between the last token and the word that it was the last.
+                yield TokenOutput(request.request_id, finish_reason="length")
+                return
+            patience_s = self._limits.continuation_patience_s
+            self._on_event("continuation", connection.group)
+
+    async def _pick(
+        self, request: GenerationRequest, refused: set[str], patience_s: float
+    ) -> GroupConnection | None:
+        """The connection to use; None when none came up within `patience_s`."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + patience_s
+        key = request.adapter.key if request.adapter else None
+        prompt_hash = _prompt_hash(request.prompt_ids)
+        while True:
+            usable = {
+                name: c
+                for name, c in self._connections.items()
+                if c.connected and not c.draining and name not in refused
+            }
+            load = {name: c.load for name, c in usable.items()}
+            exclude = {e.group for e in self._table.groups if e.group not in usable}
+            entry = self._choose(self._table, key, prompt_hash, load, exclude)
+            if entry is not None:
+                return usable[entry.group]
+            if loop.time() >= deadline:
+                return None
+            await asyncio.sleep(_WAIT_STEP_S)
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(self._limits.poll_s)
+            await self._pull()
+
+    async def _pull(self) -> None:
+        since = (self._table.epoch, self._table.version)
+        try:
+            async with asyncio.timeout(_TABLE_TIMEOUT_S):
+                wire = await self._source(since)
+            table = RoutingTable.from_wire(wire) if wire is not None else self._table
+            self._missed = False
+        except Exception as e:
+            # Whatever is wrong with the controller, the last table serves on.
+            if not self._missed:
+                log.warning("no routing table from the controller, the last one is used: %r", e)
+            self._missed = True
+            table = self._table
+        if (table.epoch, table.version) > since and (table.groups or not self.ready()):
+            # A controller that has just started knows no groups yet, while ours still answer.
+            self._table = table
+        await self._connect()
+
+    async def _connect(self) -> None:
+        """Makes the connections match the table; one with open streams stays until they end."""
+        wanted = {e.group: e for e in self._table.groups}
+        for name, connection in list(self._connections.items()):
+            entry = wanted.get(name)
+            gone = entry is None or (entry.host, entry.port) != connection.address
+            if gone and not connection.streams:
+                del self._connections[name]
+                await connection.close()
+        for name, entry in wanted.items():
+            if name not in self._connections:
+                connection = GroupConnection(name, entry.host, entry.port, self._secret)
+                self._connections[name] = connection
+                connection.start()
+
+
+_RETRIED = _REFUSALS | {"group_failed", "engine_failed"}
+
+
+class _Progress:
+    """What a request has got so far, from all groups that worked on it."""
+
+    def __init__(self, request: GenerationRequest):
+        self._request = request
+        self._tokens = list(request.output_ids)
+        self._begun = False
+        self._continued = False
+
+    @property
+    def count(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def complete(self) -> bool:
+        return self.count >= self._request.sampling.max_tokens
+
+    def note(self, output: TokenOutput) -> None:
+        """Takes an output on its way to the caller; hides what a continuation says again."""
+        if self._continued:
+            output.tier = None
+            output.prompt_logprobs = None
+            output.cached_tokens = 0
+        self._begun = True
+        self._tokens += output.token_ids
+
+    def request(self) -> GenerationRequest:
+        """The request to send now."""
+        if not self._begun:
+            return self._request
+        self._continued = True
+        # Prompt logprobs came with the first output.
+        sampling = replace(self._request.sampling, prompt_logprobs=None)
+        return replace(self._request, output_ids=tuple(self._tokens), sampling=sampling)
+
+
+def _prompt_hash(prompt_ids: tuple[int, ...]) -> int:
+    """Equal for prompts with equal first tokens, in every process."""
+    head = array("q", prompt_ids[:_HASHED_TOKENS]).tobytes()
+    return zlib.crc32(head) << 32 | zlib.adler32(head)
+
+
+def _error(request: GenerationRequest, code: str, text: str) -> TokenOutput:
+    return TokenOutput(request.request_id, finish_reason="error", error_code=code, error=text)

@@ -1,0 +1,266 @@
+"""API keys: whose request this is, and what it may do."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ...adapter_store import StoreUnavailable, TenantNotFound
+from ..errors import ApiError
+from ..limiter import Rates, TokenBucket
+from .answers import error_response, store_unavailable
+from .deps import GatewayDeps
+from .freshness import GenerationWatch
+
+# Without a change of the generation, a key is still read again after this: a change whose second
+# write got lost must not live for ever.
+KNOWN_S = 60.0
+UNKNOWN_S = 30.0
+CACHE_KEYS = 20_000
+CACHE_SOURCES = 10_000
+
+_ADMIN_PREFIXES = ("/admin", "/metrics")
+_TENANT_PREFIXES = ("/v1",)
+_REASONS = {  # as metrics name them
+    "missing_api_key": "missing",
+    "invalid_api_key": "unknown",
+    "too_many_invalid_keys": "throttled",
+    "admin_key_required": "forbidden",
+    "tenant_key_required": "forbidden",
+}
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks. An admin has no tenant."""
+
+    tenant_id: str
+    tenant_name: str
+    rates: Rates
+    max_adapters: int | None
+    admin: bool = False
+
+
+ADMIN = Caller("", "", Rates(), None, admin=True)
+
+
+@dataclass(frozen=True)
+class _Known:
+    caller: Caller
+    generation: int
+    loaded_at: float
+
+
+class Authenticator:
+    """Keys to callers, cached by the keys' hashes.
+
+    A revoked key stops working within `catalogue_poll_s`. With the store unreachable, keys that
+    were used before go on for `auth_grace_s`, counted from when the store last answered.
+    """
+
+    def __init__(
+        self,
+        deps: GatewayDeps,
+        watch: GenerationWatch,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._deps = deps
+        self._watch = watch
+        self._clock = clock
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._unknown: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._sources: OrderedDict[str, TokenBucket] = OrderedDict()
+        self._looking: dict[str, asyncio.Task[Caller | None]] = {}
+
+    async def authenticate(self, authorization: str | None, source: str) -> Caller:
+        """The caller of a request.
+
+        Args:
+            authorization: the request's header.
+            source: the client's address, for the throttle of wrong keys.
+
+        Raises:
+            ApiError: 401 missing_api_key or invalid_api_key, 429 for a source that tries keys,
+                503 when the store is needed and can't be reached.
+        """
+        key = _bearer(authorization)
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        now = self._clock()
+        known = self._known.get(digest)
+        if known is not None and self._usable(known, now):
+            self._known.move_to_end(digest)
+            return known.caller
+        if known is None:
+            self._refuse_unknown(digest, source, now)
+        generation = self._watch.generation
+        try:
+            caller = await self._look_up(digest, key)
+        except StoreUnavailable as error:
+            if known is not None and self._in_grace(known, now):
+                return known.caller
+            raise store_unavailable(error) from error
+        if caller is None:
+            self._known.pop(digest, None)
+            _remember(self._unknown, digest, (generation, now), CACHE_KEYS)
+            self._bucket(source, now).take(1, now)
+            raise _invalid_key()
+        _remember(self._known, digest, _Known(caller, generation, now), CACHE_KEYS)
+        return caller
+
+    def _usable(self, known: _Known, now: float) -> bool:
+        if not self._watch.reachable:
+            return self._in_grace(known, now)
+        return known.generation == self._watch.generation and now - known.loaded_at < KNOWN_S
+
+    def _in_grace(self, known: _Known, now: float) -> bool:
+        last_sure = max(known.loaded_at, self._watch.confirmed_at)
+        return now - last_sure <= self._deps.settings.auth_grace_s
+
+    def _refuse_unknown(self, digest: str, source: str, now: float) -> None:
+        entry = self._unknown.get(digest)
+        if entry is not None:
+            generation, at = entry
+            if generation == self._watch.generation and now - at < UNKNOWN_S:
+                raise _invalid_key()
+            del self._unknown[digest]
+        wait_s = self._bucket(source, now).wait(1, now)
+        if wait_s > 0:
+            raise ApiError(
+                429,
+                "too_many_invalid_keys",
+                "too many invalid API keys came from this address; wait before trying another",
+                kind="rate_limit_error",
+                headers={"retry-after": str(int(wait_s) + 1)},
+            )
+
+    def _bucket(self, source: str, now: float) -> TokenBucket:
+        bucket = self._sources.get(source)
+        if bucket is None:
+            bucket = TokenBucket(self._deps.settings.unknown_keys_per_minute, now)
+        _remember(self._sources, source, bucket, CACHE_SOURCES)
+        return bucket
+
+    async def _look_up(self, digest: str, key: str) -> Caller | None:
+        """One read of the store for each key at a time, however many requests wait for it."""
+        task = self._looking.get(digest)
+        if task is None:
+            task = asyncio.create_task(self._deps.in_thread(self._read, key))
+            self._looking[digest] = task
+            task.add_done_callback(lambda _: self._looking.pop(digest, None))
+        return await asyncio.shield(task)
+
+    def _read(self, key: str) -> Caller | None:
+        catalogue = self._deps.catalogue
+        record = catalogue.find_key(key)
+        if record is None:
+            return None
+        if record.admin:
+            return ADMIN
+        try:
+            tenant = catalogue.get_tenant(record.tenant_id)
+        except TenantNotFound:
+            return None  # it is being deleted
+        limits = tenant.limits
+        return Caller(
+            tenant_id=tenant.id,
+            tenant_name=tenant.name,
+            rates=Rates(limits.requests_per_minute, limits.tokens_per_minute),
+            max_adapters=limits.max_adapters,
+        )
+
+
+class AuthMiddleware:
+    """Puts the caller into `request.state.caller`, or answers 401, 403 or 429.
+
+    Paths outside of /v1, /admin and /metrics are open.
+    """
+
+    def __init__(self, app: ASGIApp, deps: GatewayDeps, authenticator: Authenticator) -> None:
+        self._app = app
+        self._deps = deps
+        self._authenticator = authenticator
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (area := _area(scope["path"])) is not None:
+            try:
+                caller = await self._admit(scope, area)
+            except ApiError as error:
+                self._deps.metrics.auth_failure(_REASONS.get(error.code, "store"))
+                await error_response(error)(scope, receive, send)
+                return
+            scope.setdefault("state", {})["caller"] = caller
+        await self._app(scope, receive, send)
+
+    async def _admit(self, scope: Scope, area: str) -> Caller:
+        authorization = _header(scope, b"authorization")
+        client = scope.get("client")
+        caller = await self._authenticator.authenticate(
+            authorization, client[0] if client else "unknown"
+        )
+        if area == "admin" and not caller.admin:
+            raise ApiError(
+                403,
+                "admin_key_required",
+                "this path needs the admin key; a tenant's key was given",
+                kind="permission_error",
+            )
+        if area == "tenant" and caller.admin:
+            raise ApiError(
+                403,
+                "tenant_key_required",
+                "this path needs a tenant's key; the admin key was given",
+                kind="permission_error",
+            )
+        return caller
+
+
+def _area(path: str) -> str | None:
+    for area, prefixes in (("admin", _ADMIN_PREFIXES), ("tenant", _TENANT_PREFIXES)):
+        if any(path == prefix or path.startswith(prefix + "/") for prefix in prefixes):
+            return area
+    return None
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    for key, value in scope["headers"]:
+        if key == name:
+            return value.decode("latin-1")
+    return None
+
+
+def _bearer(authorization: str | None) -> str:
+    scheme, _, key = (authorization or "").partition(" ")
+    key = key.strip()
+    if scheme.lower() != "bearer" or not key:
+        raise ApiError(
+            401,
+            "missing_api_key",
+            "no API key was given; send it as `Authorization: Bearer KEY`",
+            kind="authentication_error",
+            headers={"www-authenticate": "Bearer"},
+        )
+    return key
+
+
+def _invalid_key() -> ApiError:
+    return ApiError(
+        401,
+        "invalid_api_key",
+        "this API key is unknown or was revoked",
+        kind="authentication_error",
+        headers={"www-authenticate": "Bearer"},
+    )
+
+
+def _remember(cache: OrderedDict[str, Any], key: str, value: Any, limit: int) -> None:
+    cache[key] = value
+    cache.move_to_end(key)
+    while len(cache) > limit:
+        cache.popitem(last=False)

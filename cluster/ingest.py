@@ -1,0 +1,112 @@
+"""The ingest actor: uploads are checked, packed and published here, never in a gateway."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import ray
+
+from ..adapter_store import (
+    AdapterRefused,
+    AdapterStoreError,
+    BaseModel,
+    Catalogue,
+    LimitExceeded,
+    ObjectStore,
+    Publisher,
+    UploadSizes,
+)
+from .adapter_json import version_json
+from .settings import RAY_NAMESPACE, Settings
+from .uploads import Uploads
+
+logger = logging.getLogger(__name__)
+
+INGEST_ACTOR = "ingest"
+INGEST_CPUS = 0.1
+
+# A version's fields, or the error that a publish ended with.
+Result = dict[str, Any] | AdapterStoreError
+
+
+class IngestWorker:
+    """Publishes staged uploads. Several threads call it at once.
+
+    Args:
+        settings: where the store is.
+        base_model: `BaseModel.to_json` of the served model.
+    """
+
+    def __init__(self, settings: Settings, base_model: str) -> None:
+        store = ObjectStore(**settings.store_options())
+        self._uploads = make_uploads(settings, store)
+        self._publisher = Publisher(
+            store,
+            Catalogue(store),
+            BaseModel.from_json(base_model),
+            settings.scratch_dir,
+            upload_sizes(settings),
+        )
+
+    def ingest(self, tenant_id: str, name: str, upload_id: str) -> Result:
+        """The published version's fields, or why there is none.
+
+        Errors are values: one that is raised would reach the caller inside of Ray's own.
+        """
+        try:
+            return version_json(self._publisher.ingest(tenant_id, name, upload_id))
+        except AdapterStoreError as error:
+            return error
+
+    def ingest_upload(self, tenant_id: str, name: str, upload_id: str) -> None:
+        """The same for a presigned upload; its record says how it ended."""
+        try:
+            result = self.ingest(tenant_id, name, upload_id)
+        except Exception:
+            logger.exception("upload %s of tenant %s failed", upload_id, tenant_id)
+            result = AdapterStoreError("the ingest failed; its log says why")
+        finish_upload(self._uploads, tenant_id, name, upload_id, result)
+
+
+def finish_upload(
+    uploads: Uploads, tenant_id: str, name: str, upload_id: str, result: Result
+) -> None:
+    """Writes an ingest's result into the upload's record."""
+    if isinstance(result, AdapterRefused):
+        error = {"code": result.code, "message": result.message, "key": result.key}
+        uploads.finish(tenant_id, upload_id, "refused", error=error)
+    elif isinstance(result, AdapterStoreError):
+        code = "limit_exceeded" if isinstance(result, LimitExceeded) else "ingest_failed"
+        error = {"code": code, "message": str(result), "key": None}
+        uploads.finish(tenant_id, upload_id, "failed", error=error)
+    else:
+        uploads.finish(tenant_id, upload_id, "ready", adapter={"name": name, **result})
+
+
+def upload_sizes(settings: Settings) -> UploadSizes:
+    return UploadSizes(weights=max(settings.presigned_max_bytes, settings.upload_max_bytes))
+
+
+def make_uploads(settings: Settings, store: ObjectStore) -> Uploads:
+    """Upload records of a store, with URLs that clients outside can use."""
+    signer = store
+    if settings.store_public_endpoint is not None:
+        signer = ObjectStore(
+            **{**settings.store_options(), "endpoint": settings.store_public_endpoint}
+        )
+    return Uploads(store, signer, upload_sizes(settings), settings.presigned_expires_s)
+
+
+def start_ingest(settings: Settings, base_model: BaseModel) -> Any:
+    """The cluster's ingest actor, started if there is none."""
+    actor = ray.remote(IngestWorker).options(
+        name=INGEST_ACTOR,
+        namespace=RAY_NAMESPACE,
+        get_if_exists=True,
+        lifetime="detached",
+        max_restarts=-1,
+        max_concurrency=settings.ingest_concurrency,
+        num_cpus=INGEST_CPUS,
+    )
+    return actor.remote(settings, base_model.to_json())

@@ -1,0 +1,113 @@
+"""An engine's report as metrics; the group's front exports them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter
+
+from ...workers import EngineReport
+from .instruments import AdapterSeries, Key, counter, gauge, set_adapter_gauge
+
+_GAUGES = {
+    "queued": "loraplex_engine_queued_requests",
+    "running": "loraplex_engine_running_requests",
+    "kv_blocks_total": "loraplex_engine_kv_blocks",
+    "kv_blocks_used": "loraplex_engine_kv_used_blocks",
+    "pool_bytes_total": "loraplex_engine_pool_bytes",
+    "pool_bytes_used": "loraplex_engine_pool_used_bytes",
+}
+_COUNTERS = {
+    "steps": "loraplex_engine_steps_total",
+    "step_seconds": "loraplex_engine_step_seconds_total",
+    "preemptions": "loraplex_engine_preemptions_total",
+    "prefix_hit_tokens": "loraplex_engine_prefix_hit_tokens_total",
+    "load_seconds": "loraplex_engine_load_seconds_total",
+    "load_bytes": "loraplex_engine_load_bytes_total",
+    "load_failures": "loraplex_engine_load_failures_total",
+    "evictions": "loraplex_engine_evictions_total",
+}
+SHORT_DIGEST = 12  # hex digits shown of a digest: 48 bits tell a tenant's adapters apart
+
+
+def adapter_labels(key: str) -> tuple[str, str]:
+    """`AdapterRef.key` ("tenant/digest" or "tenant/base") -> labels (tenant, adapter)."""
+    tenant, _, digest = key.rpartition("/")
+    return tenant, digest[:SHORT_DIGEST]
+
+
+def add_up(values: Mapping[str, float]) -> dict[Key, float]:
+    """Values by adapter key -> by labels, of which two keys may have the same."""
+    sums: dict[Key, float] = {}
+    for key, value in values.items():
+        labels = adapter_labels(key)
+        sums[labels] = sums.get(labels, 0.0) + value
+    return sums
+
+
+class EngineMetrics:
+    """Metrics of one worker group, fed with its engine's cumulative reports.
+
+    A counter that went down means that the engine's process was restarted: what it shows now is
+    new work.
+    """
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        group: str,
+        *,
+        top_adapters: int = 50,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._group = group
+        self._top_adapters = top_adapters
+        self._gauges = {f: gauge(n, registry).labels(group) for f, n in _GAUGES.items()}
+        self._counters = {f: counter(n, registry).labels(group) for f, n in _COUNTERS.items()}
+        self._prompt = counter("loraplex_engine_prompt_tokens_total", registry)
+        self._output = counter("loraplex_engine_output_tokens_total", registry)
+        self._loads = counter("loraplex_engine_loads_total", registry)
+        self._resident = gauge("loraplex_engine_resident_adapters", registry)
+        self._loading = gauge("loraplex_engine_loading_adapters", registry)
+        self._bytes = gauge("loraplex_engine_adapter_bytes", registry)
+        self._adapters = AdapterSeries(
+            (self._prompt, self._output), (group,), top_adapters, clock=clock
+        )
+        self._last = EngineReport()
+
+    def update(self, report: EngineReport) -> None:
+        """Takes over a report; call it with each one, in order."""
+        last = self._last
+        for name, metric in self._gauges.items():
+            metric.set(getattr(report, name))
+        for name, metric in self._counters.items():
+            metric.inc(_delta(getattr(report, name), getattr(last, name)))
+        for tier, count in report.loads.items():
+            self._loads.labels(self._group, tier).inc(_delta(count, last.loads.get(tier, 0)))
+        self._resident.labels(self._group, "gpu").set(len(report.gpu))
+        self._resident.labels(self._group, "disk").set(len(report.disk))
+        self._loading.labels(self._group).set(len(report.loading))
+
+        self._count_tokens(self._prompt, report.prompt_tokens, last.prompt_tokens)
+        self._count_tokens(self._output, report.output_tokens, last.output_tokens)
+        here = add_up(report.gpu)
+        held = here.keys() | {adapter_labels(k) for k in report.loading}
+        for tenant, adapter in self._adapters.kept() - held:
+            if adapter != "base":
+                self._adapters.leave(tenant, adapter)
+        set_adapter_gauge(self._bytes, here, (self._group,), self._top_adapters)
+        self._last = report
+
+    def _count_tokens(
+        self, metric: Counter, now: Mapping[str, int], before: Mapping[str, int]
+    ) -> None:
+        for key, count in now.items():
+            new = _delta(count, before.get(key, 0))
+            if new:
+                labels = self._adapters.labels(*adapter_labels(key), new)
+                metric.labels(*labels).inc(new)
+
+
+def _delta(now: float, before: float) -> float:
+    return now - before if now >= before else now

@@ -1,0 +1,85 @@
+"""What the ranks of a worker group run, as it travels to them: an engine on the settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..adapter_store import BaseModel
+from .errors import SettingsError
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from ..workers import EngineConfig, EngineLike
+
+
+@dataclass(frozen=True)
+class RankProgram:
+    """Picklable; torch is imported where it runs.
+
+    Args:
+        config: without the rendezvous, which each group has its own of.
+        store: arguments of `ObjectStore`.
+        disk_dir: folder of the node's packs.
+        disk_bytes: how much of it packs may fill.
+    """
+
+    config: EngineConfig
+    store: dict[str, Any] = field(repr=False)
+    disk_dir: Path
+    disk_bytes: int
+
+    def build(self, rendezvous: str) -> EngineLike:
+        from ..adapter_store import DiskTier, ObjectStore
+        from ..workers import Engine
+
+        packs = DiskTier(self.disk_dir, ObjectStore(**self.store), self.disk_bytes)
+        return Engine(replace(self.config, rendezvous=rendezvous), packs)
+
+    def follow(self, rank: int, rendezvous: str) -> None:
+        from ..workers import run_follower
+
+        run_follower(replace(self.config, rendezvous=rendezvous), rank)
+
+
+def rank_program(settings: Settings, base: BaseModel, threads: int) -> RankProgram:
+    """
+    Args:
+        settings: with the model's path and a device other than "auto".
+        base: the model at that path.
+        threads: of torch in one rank.
+
+    Raises:
+        SettingsError: the model or the device is still open.
+    """
+    from ..workers import EngineConfig
+
+    if settings.model_path is None or settings.device == "auto":
+        raise SettingsError("model_path and device must be settled before the groups start")
+    values: dict[str, Any] = {}
+    if settings.max_context is not None:
+        values["max_model_len"] = settings.max_context
+    config = EngineConfig(
+        model_path=str(settings.model_path),
+        dtype=dtype_of(settings),
+        device=settings.device,
+        tp_size=settings.tp,
+        kv_tokens=settings.kv_tokens,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_running=settings.max_running,
+        pool_bytes=settings.pool_bytes,
+        base_fingerprint=base.fingerprint,
+        torch_threads=threads,
+        **values,
+    )
+    return RankProgram(
+        config, settings.store_options(), settings.disk_dir, settings.disk_cache_bytes
+    )
+
+
+def dtype_of(settings: Settings) -> str:
+    """The numbers that a rank computes in."""
+    if settings.dtype != "auto":
+        return settings.dtype
+    return "bfloat16" if settings.device == "cuda" else "float32"

@@ -1,0 +1,225 @@
+"""All settings of a Loraplex cluster: one model, read from arguments and `LORAPLEX_*` variables."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from .errors import ClusterSecretError, SettingsError
+
+ENV_PREFIX = "LORAPLEX_"
+RAY_NAMESPACE = "loraplex"
+MIN_SECRET_CHARS = 32
+
+
+class Settings(BaseSettings):
+    """What an operator may change. Sizes are bytes and read "512MiB"; times are seconds.
+
+    An argument wins over the variable `LORAPLEX_<FIELD>`, which wins over the default. The
+    object is frozen and picklable: it travels to every Ray actor of the cluster.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+    )
+
+    # Where the service listens, and where it keeps its files.
+    host: str = Field("127.0.0.1", description="address of the REST API")
+    port: int = Field(8000, ge=0, le=65535, description="port of the REST API, 0: any free one")
+    internal_host: str = Field("127.0.0.1", description="address of listeners between processes")
+    metrics_host: str = Field("127.0.0.1", description="address of the metrics exporters")
+    metrics_port: int = Field(0, ge=0, le=65535, description="port of the admin side's metrics")
+    metrics_token: SecretStr | None = Field(None, description="bearer token of the exporters")
+    data_dir: Path = Field(Path(".loraplex"), description="local state: store, disk tier, logs")
+    cluster_secret: SecretStr | None = Field(None, description="shared by gateways and groups")
+    cluster_secret_file: Path | None = Field(None, description="default: DATA_DIR/cluster.secret")
+
+    # The model.
+    model_path: Path | None = Field(None, description="Hugging Face folder of the base model")
+    served_model_name: str | None = Field(None, description="default: the folder's name")
+    demo_dir: Path | None = Field(None, description="folder of the demo model and adapters")
+
+    # The object store.
+    store_url: str = Field("s3://loraplex", description="s3://bucket or s3://bucket/prefix")
+    store_endpoint: str | None = Field(None, description="S3 endpoint URL; none: AWS")
+    store_public_endpoint: str | None = Field(
+        None, description="S3 endpoint that uploading clients reach; none: STORE_ENDPOINT"
+    )
+    store_access_key: str | None = Field(None, description="none: boto3's own search")
+    store_secret_key: SecretStr | None = Field(None)
+    store_region: str = Field("us-east-1")
+
+    # Worker groups.
+    groups: int = Field(2, ge=1, le=1024, description="worker groups (copies of the model)")
+    tp: int = Field(1, ge=1, le=64, description="ranks in a group")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: float32 on CPU, the checkpoint's own on a GPU"
+    )
+    torch_threads: int = Field(0, ge=0, description="threads of a rank; 0: cores / ranks")
+    pool_bytes: ByteSize = Field(ByteSize(1 << 30), ge=1 << 16, description="adapter pool, a rank")
+    kv_tokens: int = Field(16384, ge=256, description="tokens in a group's KV cache")
+    max_batch_tokens: int = Field(2048, ge=16, description="tokens in one engine step")
+    max_running: int = Field(64, ge=1, description="sequences decoded together in a group")
+    disk_cache_bytes: ByteSize = Field(ByteSize(8 << 30), ge=1 << 20, description="a node's disk")
+
+    # The gateway.
+    gateway_replicas: int = Field(1, ge=1, le=256)
+    ingest_concurrency: int = Field(2, ge=1, le=64, description="uploads validated at once")
+    haproxy: bool = Field(False, description="Ray Serve's HAProxy mode (binds all interfaces)")
+    upload_max_bytes: ByteSize = Field(
+        ByteSize(64_000_000), ge=1024, description="body of an upload through the gateway"
+    )
+    presigned_max_bytes: ByteSize = Field(
+        ByteSize(16_000_000_000), ge=1024, description="weights uploaded by presigned URL"
+    )
+    presigned_expires_s: int = Field(3600, ge=60, le=7 * 86400)
+    body_max_bytes: ByteSize = Field(ByteSize(8_000_000), ge=1024, description="JSON bodies")
+    catalogue_poll_s: float = Field(
+        1.0, gt=0, le=60, description="how late another gateway's change of keys or names is seen"
+    )
+    auth_grace_s: float = Field(
+        600.0, ge=0, description="known keys go on so long with the store unreachable"
+    )
+    unknown_keys_per_minute: int = Field(30, ge=1, description="wrong keys tried by one source")
+
+    # Defaults and bounds of one generation request.
+    default_max_tokens: int = Field(16, ge=1, description="/v1/completions; chat: rest of context")
+    max_context: int | None = Field(None, ge=1, description="none: the model's own")
+    max_choices: int = Field(16, ge=1, description="n")
+    max_sequences: int = Field(128, ge=1, description="prompts times n in one request")
+    max_logprobs: int = Field(20, ge=0)
+    max_stop_strings: int = Field(16, ge=1)
+    max_stop_chars: int = Field(1024, ge=1, description="length of one stop string")
+    stream_keepalive_s: float = Field(15.0, gt=0, description="comment on a silent stream")
+
+    @field_validator("store_url")
+    @classmethod
+    def _check_store_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme != "s3" or not parts.netloc:
+            raise ValueError("must look like s3://bucket or s3://bucket/prefix")
+        return value
+
+    @field_validator("store_endpoint", "store_public_endpoint")
+    @classmethod
+    def _check_endpoint(cls, value: str | None) -> str | None:
+        if value is not None:
+            parts = urlsplit(value)
+            if parts.scheme not in ("http", "https") or not parts.netloc:
+                raise ValueError("must look like http://host:port or https://host")
+        return value
+
+    @field_validator("host", "internal_host", "metrics_host")
+    @classmethod
+    def _check_host(cls, value: str) -> str:
+        if not value or "/" in value or " " in value:
+            raise ValueError("must be an address or host name without scheme or port")
+        return value
+
+    @classmethod
+    def load(cls, **values: Any) -> Settings:
+        """Settings from arguments (None: not given), environment and defaults.
+
+        Raises:
+            SettingsError: naming every wrong setting, its value and what would be right.
+        """
+        given = {name: value for name, value in values.items() if value is not None}
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise SettingsError(_explain(error, given)) from None
+
+    def changed(self, **values: Any) -> Settings:
+        """A copy with other values, checked. Raises SettingsError."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return Settings.load(**{**given, **values})
+
+    def store_options(self) -> dict[str, Any]:
+        """Plain keyword arguments for `adapter_store.ObjectStore`."""
+        secret = self.store_secret_key
+        return {
+            "url": self.store_url,
+            "endpoint": self.store_endpoint,
+            "access_key": self.store_access_key,
+            "secret_key": secret.get_secret_value() if secret else None,
+            "region": self.store_region,
+        }
+
+    @property
+    def secret_path(self) -> Path:
+        return self.cluster_secret_file or self.data_dir / "cluster.secret"
+
+    @property
+    def disk_dir(self) -> Path:
+        """Folder of the disk tier: packs that any group of this node may read."""
+        return self.data_dir / "packs"
+
+    @property
+    def scratch_dir(self) -> Path:
+        """Folder where the ingest actor takes its local copies."""
+        return self.data_dir / "scratch"
+
+    def secret_bytes(self) -> bytes:
+        """The cluster secret. Raises ClusterSecretError when nobody has set or made it."""
+        if self.cluster_secret is not None:
+            return self.cluster_secret.get_secret_value().encode()
+        raise ClusterSecretError(
+            "the cluster secret is not set: call Settings.with_cluster_secret() on the machine "
+            f"that starts the cluster, or set {ENV_PREFIX}CLUSTER_SECRET"
+        )
+
+    def with_cluster_secret(self) -> Settings:
+        """A copy that carries the cluster secret, read from its file, which is made if missing.
+
+        Raises:
+            ClusterSecretError: the file can't be read or written, or holds too short a secret.
+        """
+        if self.cluster_secret is not None:
+            return self
+        path = self.secret_path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            except FileExistsError:
+                text = path.read_text().strip()
+            else:
+                text = secrets.token_hex(32)
+                with os.fdopen(fd, "w") as file:
+                    file.write(text)
+        except OSError as error:
+            raise ClusterSecretError(f"cannot use the secret file {path}: {error}") from None
+        if len(text) < MIN_SECRET_CHARS:
+            raise ClusterSecretError(
+                f"the cluster secret in {path} has {len(text)} characters; at least "
+                f"{MIN_SECRET_CHARS} are needed. Remove the file to have one made"
+            )
+        return self.model_copy(update={"cluster_secret": SecretStr(text)})
+
+
+def _explain(error: ValidationError, given: dict[str, Any]) -> str:
+    lines = []
+    for item in error.errors():
+        name = str(item["loc"][0]) if item["loc"] else "?"
+        reason = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{name}: there is no such setting")
+            continue
+        field = Settings.model_fields.get(name)
+        variable = ENV_PREFIX + name.upper()
+        where = name if name in given else variable
+        shown = "(hidden)" if "secret" in name or name == "metrics_token" else repr(item["input"])
+        hint = f" ({field.description})" if field is not None and field.description else ""
+        lines.append(f"{where} = {shown}: {reason}{hint}")
+    return "\n".join(lines)

@@ -1,0 +1,193 @@
+"""The object store against a real server."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from loraplex.adapter_store import (
+    EmbeddedS3,
+    LimitExceeded,
+    NotFound,
+    ObjectStore,
+    PreconditionFailed,
+    StoreDenied,
+    StoreUnavailable,
+)
+
+
+def test_what_was_put_is_got(store: ObjectStore) -> None:
+    data = os.urandom(1000)
+    etag = store.put("a/b", data)
+    assert store.get("a/b") == (data, etag)
+    assert store.get_if_changed("a/b", etag) is None
+    newer = store.put("a/b", b"other")
+    assert store.get_if_changed("a/b", etag) == (b"other", newer)
+    info = store.head("a/b")
+    assert (info.nbytes, info.etag) == (5, newer)
+
+
+def test_absent_objects(store: ObjectStore) -> None:
+    for ask in (store.get, store.head, lambda key: store.download(key, Path("/nowhere/x"))):
+        with pytest.raises(NotFound, match="no/such"):
+            ask("no/such")
+    store.delete("no/such")
+    with pytest.raises(PreconditionFailed):
+        store.put("no/such", b"", if_match='"0"')
+
+
+def test_conditional_writes(store: ObjectStore) -> None:
+    first = store.put("doc", b"1", if_none_match=True)
+    with pytest.raises(PreconditionFailed):
+        store.put("doc", b"2", if_none_match=True)
+    second = store.put("doc", b"2", if_match=first)
+    with pytest.raises(PreconditionFailed):
+        store.put("doc", b"3", if_match=first)
+    assert store.get("doc") == (b"2", second)
+
+
+def test_of_racing_conditional_writes_one_wins(store: ObjectStore) -> None:
+    etag = store.put("doc", b"start")
+
+    def write(i: int) -> bool:
+        try:
+            store.put("doc", b"writer %d" % i, if_match=etag)
+        except PreconditionFailed:
+            return False
+        return True
+
+    with ThreadPoolExecutor(12) as threads:
+        won = list(threads.map(write, range(12)))
+    assert won.count(True) == 1
+    assert store.get("doc")[0] == b"writer %d" % won.index(True)
+
+
+def test_listing_is_by_prefix_and_folder(store: ObjectStore) -> None:
+    for key in ("t/a/1", "t/a/2", "t/b/1", "u/1"):
+        store.put(key, key.encode())
+    assert [o.key for o in store.list("t/")] == ["t/a/1", "t/a/2", "t/b/1"]
+    assert [o.nbytes for o in store.list("u")] == [3]
+    assert list(store.list_folders("t/")) == ["a", "b"]
+    store.delete_all(["t/a/1", "t/a/2"])
+    assert [o.key for o in store.list("t/")] == ["t/b/1"]
+
+
+def test_long_listings_are_complete(store: ObjectStore) -> None:
+    keys = [f"many/{i:04}" for i in range(1105)]  # a page holds 1000
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda key: store.put(key, b""), keys))
+    assert [o.key for o in store.list("many/")] == keys
+
+
+@pytest.mark.parametrize("nbytes", [0, 100, (8 << 20) * 2 + 12345])
+def test_files_of_all_sizes(store: ObjectStore, tmp_path: Path, nbytes: int) -> None:
+    data = os.urandom(nbytes)
+    (tmp_path / "up").write_bytes(data)
+    store.upload(tmp_path / "up", "file")
+    assert store.download("file", tmp_path / "down") == nbytes
+    assert (tmp_path / "down").read_bytes() == data
+
+
+def put_to(url: str, data: bytes) -> int:
+    request = urllib.request.Request(url, data=data, method="PUT", headers={"content-type": ""})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_presigned_urls_write_one_object(store: ObjectStore) -> None:
+    url = store.presign_put("up/load", 1000, 60)
+    assert put_to(url, b"hello") == 200
+    assert store.get("up/load")[0] == b"hello"
+    assert put_to(url.replace("up/load", "up/else"), b"x") == 403
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(url, timeout=10)  # it isn't good for reading
+
+
+def test_presigned_urls_can_demand_a_length(store: ObjectStore) -> None:
+    url = store.presign_put("up", 1000, 60, nbytes=5)
+    assert put_to(url, b"more than five") == 403
+    assert put_to(url, b"five!") == 200
+    with pytest.raises(LimitExceeded, match="1001 bytes"):
+        store.presign_put("up", 1000, 60, nbytes=1001)
+
+
+def test_presigned_urls_expire(store: ObjectStore) -> None:
+    url = store.presign_put("up", 1000, 1)
+    time.sleep(2.1)
+    assert put_to(url, b"late") == 403
+
+
+def test_wrong_keys_are_denied(s3_server: EmbeddedS3) -> None:
+    stranger = ObjectStore(
+        s3_server.url,
+        endpoint=s3_server.endpoint,
+        access_key=s3_server.access_key,
+        secret_key="wrong" * 8,
+    )
+    for ask in (lambda: stranger.get("x"), lambda: stranger.put("x", b""), stranger.check):
+        with pytest.raises(StoreDenied, match="access key"):
+            ask()
+
+
+def test_a_missing_bucket_is_named(s3_server: EmbeddedS3) -> None:
+    store = ObjectStore(
+        "s3://nobodys-bucket",
+        endpoint=s3_server.endpoint,
+        access_key=s3_server.access_key,
+        secret_key=s3_server.secret_key,
+    )
+    for ask in (lambda: store.get("x"), store.check):
+        with pytest.raises(StoreUnavailable, match="no bucket 'nobodys-bucket'"):
+            ask()
+
+
+def test_an_unreachable_store_is_named_after_bounded_retries() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        store = ObjectStore("s3://b", endpoint=endpoint, access_key="a", secret_key="b", attempts=2)
+        for ask in (lambda: store.get("x"), lambda: list(store.list("")), store.check):
+            with pytest.raises(StoreUnavailable, match=f"{endpoint}.*Check that it runs"):
+                ask()
+
+
+def test_a_body_that_breaks_off_is_read_again() -> None:
+    requests = []
+
+    def serve(listener: socket.socket) -> None:
+        for sent in (b"half", b"half and half"):
+            connection, _ = listener.accept()
+            with connection:
+                requests.append(connection.recv(65536))
+                connection.sendall(
+                    b'HTTP/1.1 200 OK\r\nETag: "e"\r\nContent-Length: 13\r\n\r\n' + sent
+                )
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        store = ObjectStore(
+            "s3://b",
+            endpoint=f"http://127.0.0.1:{listener.getsockname()[1]}",
+            access_key="a",
+            secret_key="b",
+        )
+        assert store.get("x") == (b"half and half", '"e"')
+        thread.join()
+    assert len(requests) == 2
+
+
+@pytest.mark.parametrize("url", ["bucket", "http://bucket", "s3://", "s3:bucket"])
+def test_store_urls_are_checked(url: str) -> None:
+    with pytest.raises(ValueError, match="s3://bucket"):
+        ObjectStore(url)

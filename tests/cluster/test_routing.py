@@ -1,0 +1,150 @@
+"""The choice of a group: placed, bounded, sticky, and the same from every gateway."""
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+from loraplex.cluster.control import GroupEntry, RoutingTable
+from loraplex.cluster.rendezvous import pick
+from loraplex.cluster.routing import DEFAULT_POLICY, choose, decide
+
+KEY = "tenant/" + "ab" * 32
+HASHES = st.integers(0, 2**64 - 1)
+
+
+def group(name: str, *, draining: bool = False, queued: int = 0, running: int = 0) -> GroupEntry:
+    return GroupEntry("workers", name, "127.0.0.1", 1, draining, queued, running)
+
+
+def table_of(names, placed=(), draining=()) -> RoutingTable:
+    groups = tuple(group(n, draining=n in draining) for n in names)
+    return RoutingTable(1, 1, groups, {KEY: tuple(placed)} if placed else {})
+
+
+@st.composite
+def situations(draw):
+    """(table, load, exclude): any groups, placement that may name groups that are gone."""
+    names = [f"g{i}" for i in range(draw(st.integers(1, 8)))]
+    names_or_gone = st.sampled_from([*names, "gone"])
+    draining = draw(st.sets(st.sampled_from(names)))
+    placed = draw(st.lists(names_or_gone, unique=True))
+    exclude = draw(st.frozensets(names_or_gone))
+    loads = st.floats(0, 200) | st.sampled_from([0.0, 1.0, 50.0])
+    load = draw(st.dictionaries(st.sampled_from(names), loads))
+    groups = tuple(group(n, draining=n in draining, queued=draw(st.integers(0, 50))) for n in names)
+    return RoutingTable(1, 1, groups, {KEY: tuple(placed)}), load, exclude
+
+
+def candidates(table, load, exclude):
+    return {
+        g.group: load.get(g.group, g.queued + g.running)
+        for g in table.groups
+        if not g.draining and g.group not in exclude
+    }
+
+
+@given(situations(), HASHES, st.sampled_from([None, KEY, "tenant/cold"]))
+def test_draining_and_excluded_groups_are_never_chosen(situation, prompt, key):
+    table, load, exclude = situation
+    allowed = candidates(table, load, exclude)
+    entry = choose(table, key, prompt, load, exclude)
+    assert (entry is None) == (not allowed)
+    assert entry is None or entry.group in allowed
+
+
+@given(situations(), HASHES, st.randoms())
+def test_the_order_of_groups_and_of_placement_does_not_matter(situation, prompt, rng):
+    table, load, exclude = situation
+    groups, placed = list(table.groups), list(table.placement[KEY])
+    rng.shuffle(groups)
+    rng.shuffle(placed)
+    shuffled = replace(table, groups=tuple(groups), placement={KEY: tuple(placed)})
+    assert choose(table, KEY, prompt, load, exclude) == choose(shuffled, KEY, prompt, load, exclude)
+
+
+@given(situations(), HASHES)
+def test_a_placed_group_is_chosen_unless_all_of_them_are_overloaded(situation, prompt):
+    table, load, exclude = situation
+    allowed = candidates(table, load, exclude)
+    decision = decide(table, KEY, prompt, load, exclude)
+    if decision is None:
+        return
+    mean = sum(allowed.values()) / len(allowed)
+    bound = DEFAULT_POLICY.bound_factor * mean + DEFAULT_POLICY.bound_slack
+    placed = [n for n in table.placement[KEY] if n in allowed]
+    assert allowed[decision.entry.group] <= bound
+    if any(allowed[n] <= bound for n in placed):
+        assert decision.entry.group in placed
+        assert decision.reason == "placed"
+    else:
+        assert decision.reason == ("spill" if placed else decision.reason)
+
+
+@given(situations(), HASHES)
+def test_the_base_model_goes_to_a_least_loaded_group(situation, prompt):
+    table, load, exclude = situation
+    allowed = candidates(table, load, exclude)
+    entry = choose(table, None, prompt, load, exclude)
+    if entry is not None:
+        assert allowed[entry.group] == min(allowed.values())
+
+
+@given(st.lists(HASHES, min_size=2, max_size=20))
+def test_a_cold_adapter_has_one_home_whatever_the_prompt(prompts):
+    table = table_of([f"g{i}" for i in range(8)])
+    homes = {choose(table, KEY, p, {}).group for p in prompts}
+    assert homes == {pick(KEY, [f"g{i}" for i in range(8)])}
+
+
+@given(st.text(min_size=1), st.sets(st.integers(0, 9), min_size=2), st.data())
+def test_a_cold_adapters_home_survives_the_loss_of_another_group(key, members, data):
+    names = [f"g{i}" for i in members]
+    home = choose(table_of(names), key, 0, {}).group
+    lost = data.draw(st.sampled_from([n for n in names if n != home]))
+    assert choose(table_of(names), key, 0, {}, {lost}).group == home
+    assert choose(table_of([n for n in names if n != lost]), key, 0, {}).group == home
+
+
+def test_a_cold_adapter_spills_from_an_overloaded_home_to_the_next_in_its_order():
+    names = [f"g{i}" for i in range(4)]
+    home = pick(KEY, names)
+    second = pick(KEY, [n for n in names if n != home])
+    decision = decide(table_of(names), KEY, 0, {home: 100.0})
+    assert (decision.entry.group, decision.reason) == (second, "spill")
+
+
+def test_a_placed_adapter_spills_to_its_other_group_before_a_foreign_one():
+    table = table_of(["a", "b", "c", "d"], placed=["a", "b"])
+    load = {"a": 60.0, "b": 20.0, "c": 0.0, "d": 0.0}
+    for prompt in range(50):
+        assert choose(table, KEY, prompt, load).group == "b"
+    load["b"] = 55.0
+    decision = decide(table, KEY, 0, load)
+    assert decision.entry.group in ("c", "d")
+    assert decision.reason == "spill"
+
+
+def test_equal_prompts_meet_the_same_copy_and_different_ones_spread():
+    placed = ["a", "b", "c", "d"]
+    table = table_of([*placed, "e"], placed=placed)
+    prompts = [random.getrandbits(64) for _ in range(400)]
+    counts = Counter(choose(table, KEY, p, {}).group for p in prompts)
+    assert set(counts) == set(placed)
+    assert min(counts.values()) > 50
+    assert all(choose(table, KEY, p, {}) == choose(table, KEY, p, {}) for p in prompts)
+
+
+@given(HASHES, st.permutations([0.0, 1.0, 2.0, 3.0, 4.0]))
+def test_of_two_copies_the_less_loaded_one_serves_so_the_busiest_never_does(prompt, loads):
+    names = ["a", "b", "c", "d", "e"]
+    load = dict(zip(names, loads, strict=True))
+    busiest = max(load, key=load.__getitem__)
+    assert choose(table_of(names, placed=names), KEY, prompt, load).group != busiest
+
+
+def test_loads_that_a_gateway_knows_win_over_those_in_the_table():
+    table = RoutingTable(1, 1, (group("a", queued=9), group("b", running=3)))
+    assert choose(table, None, 0, {}).group == "b"
+    assert choose(table, None, 0, {"a": 0.0}).group == "a"

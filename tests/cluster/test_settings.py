@@ -1,0 +1,72 @@
+"""Settings: where values come from, and how wrong ones are told."""
+
+from __future__ import annotations
+
+import pickle
+import stat
+
+import pytest
+from loraplex.cluster.errors import ClusterSecretError, SettingsError
+from loraplex.cluster.settings import Settings
+
+
+def test_arguments_win_over_variables_and_these_over_defaults(monkeypatch):
+    monkeypatch.setenv("LORAPLEX_PORT", "9000")
+    monkeypatch.setenv("LORAPLEX_TP", "2")
+    monkeypatch.setenv("LORAPLEX_POOL_BYTES", "32MiB")
+    settings = Settings.load(port=9001, tp=None)
+    assert (settings.port, settings.tp, settings.pool_bytes) == (9001, 2, 32 << 20)
+    assert settings.host == "127.0.0.1"
+
+
+def test_every_wrong_value_is_named_with_what_would_be_right(monkeypatch):
+    monkeypatch.setenv("LORAPLEX_PORT", "abc")
+    monkeypatch.setenv("LORAPLEX_STORE_URL", "http://bucket")
+    monkeypatch.setenv("LORAPLEX_STORE_SECRET_KEY", "hush")
+    with pytest.raises(SettingsError) as caught:
+        Settings.load(groups=0, device="tpu", gropus=3)
+    lines = str(caught.value).splitlines()
+    assert any(line.startswith("LORAPLEX_PORT = 'abc'") for line in lines)
+    assert any("LORAPLEX_STORE_URL" in line and "s3://bucket" in line for line in lines)
+    assert any(line.startswith("groups = 0") for line in lines)
+    assert any("'cpu'" in line and line.startswith("device = 'tpu'") for line in lines)
+    assert "gropus: there is no such setting" in lines
+    assert len(lines) == 5
+    assert "hush" not in str(caught.value)
+
+
+def test_a_changed_copy_is_checked_and_keeps_what_was_set():
+    settings = Settings.load(tp=2, store_secret_key="hush")
+    changed = settings.changed(port=0)
+    assert (changed.tp, changed.port) == (2, 0)
+    assert changed.model_fields_set == {"tp", "store_secret_key", "port"}
+    with pytest.raises(SettingsError, match="port"):
+        settings.changed(port=-1)
+
+
+def test_settings_travel_between_processes_without_showing_secrets():
+    settings = Settings.load(store_secret_key="hush", cluster_secret="s" * 32)
+    copy = pickle.loads(pickle.dumps(settings))
+    assert copy == settings
+    assert copy.store_options()["secret_key"] == "hush"
+    assert "hush" not in repr(settings)
+    assert "sss" not in repr(settings)
+
+
+def test_the_cluster_secret_is_made_once_and_only_its_owner_reads_it(tmp_path):
+    settings = Settings.load(data_dir=tmp_path / "data")
+    with pytest.raises(ClusterSecretError, match="with_cluster_secret"):
+        settings.secret_bytes()
+    secret = settings.with_cluster_secret().secret_bytes()
+    assert len(secret) >= 32
+    assert settings.with_cluster_secret().secret_bytes() == secret
+    assert stat.S_IMODE(settings.secret_path.stat().st_mode) == 0o600
+
+
+def test_a_secret_file_that_is_too_short_or_unreadable_is_named(tmp_path):
+    file = tmp_path / "secret"
+    file.write_text("short")
+    with pytest.raises(ClusterSecretError, match=str(file)):
+        Settings.load(cluster_secret_file=file).with_cluster_secret()
+    with pytest.raises(ClusterSecretError, match="cannot use"):
+        Settings.load(cluster_secret_file=tmp_path).with_cluster_secret()

@@ -1,0 +1,169 @@
+"""A group without a model: deterministic tokens, real sockets, real processes.
+
+Run as a script it is one rank (`rank HOST PORT SECRET RANK STEP_S`) or a whole group, a front with
+its rank (`group NAME SECRET STEP_S`), which prints "PORT RANK_PID" once it is ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from array import array
+from dataclasses import dataclass
+
+from loraplex.workers import (
+    AdapterRef,
+    EngineReport,
+    FrontConfig,
+    GenerationRequest,
+    GroupFront,
+    LinkAddress,
+    TokenOutput,
+    run_rank,
+)
+
+VOCABULARY = 4096
+# Prompts that start with one of these make the engine misbehave.
+RAISE, DIE, HANG = 9001, 9002, 9003
+
+
+def state_of(seed: int, tokens: tuple[int, ...] | list[int], state: int = 0) -> int:
+    return zlib.crc32(array("q", tokens).tobytes(), state or zlib.crc32(b"%d" % seed))
+
+
+def expected_tokens(prompt: tuple[int, ...], count: int, seed: int = 0) -> list[int]:
+    """What any fake engine generates for a prompt: each token depends on the whole history."""
+    state, out = state_of(seed, prompt), []
+    for _ in range(count):
+        out.append(state % VOCABULARY)
+        state = state_of(seed, [out[-1]], state)
+    return out
+
+
+class FakeEngine:
+    """One token for every request in each step; a step takes `step_s`."""
+
+    def __init__(self, step_s: float):
+        self._step_s = step_s
+        self._running: dict[str, tuple[GenerationRequest, int, int]] = {}
+        self._report = EngineReport(pool_bytes_total=1000)
+
+    def submit(self, request: GenerationRequest) -> None:
+        history = request.prompt_ids + request.output_ids
+        state = state_of(request.sampling.seed, request.prompt_ids)
+        for token in request.output_ids:
+            state = state_of(request.sampling.seed, [token], state)
+        if history[0] == RAISE:
+            raise RuntimeError("boom")
+        self._running[request.request_id] = (request, state, len(request.output_ids))
+
+    def abort(self, request_id: str) -> None:
+        self._running.pop(request_id, None)
+
+    def has_work(self) -> bool:
+        return bool(self._running)
+
+    def step(self) -> list[TokenOutput]:
+        if self._step_s:
+            time.sleep(self._step_s)
+        outputs = []
+        for request_id, (request, state, count) in list(self._running.items()):
+            if request.prompt_ids[0] == DIE:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if request.prompt_ids[0] == HANG:
+                time.sleep(3600)
+            token, count = state % VOCABULARY, count + 1
+            out = TokenOutput(request_id, [token])
+            if count == len(request.output_ids) + 1:
+                out.tier, out.cached_tokens = "base", 3
+            if count >= request.sampling.max_tokens:
+                out.finish_reason = "length"
+                del self._running[request_id]
+            else:
+                state = state_of(request.sampling.seed, [token], state)
+                self._running[request_id] = (request, state, count)
+            outputs.append(out)
+        self._report.steps += 1
+        return outputs
+
+    def set_desired(self, adapters: list[AdapterRef]) -> None:
+        self._report.gpu = {a.key: 100 for a in adapters}
+
+    def purge(self, key: str) -> None:
+        self._report.gpu.pop(key, None)
+
+    def report(self) -> EngineReport:
+        self._report.running = len(self._running)
+        return self._report
+
+    def close(self) -> None:
+        self._running.clear()
+
+
+@dataclass(frozen=True)
+class FakeProgram:
+    """Followers idle until their process is ended, as one that waits in a collective does."""
+
+    step_s: float = 0.0
+    fail: str = ""  # "build" or "follow"
+
+    def build(self, rendezvous: str) -> FakeEngine:
+        if self.fail == "build":
+            raise FileNotFoundError("no model there")
+        return FakeEngine(self.step_s)
+
+    def follow(self, rank: int, rendezvous: str) -> None:
+        if self.fail == "follow":
+            raise RuntimeError("a follower broke")
+        time.sleep(3600)
+
+
+class Unreadable(FakeProgram):
+    """Can't be unpickled in the rank's process."""
+
+    def __setstate__(self, state: object) -> None:
+        raise ValueError("this program can't be unpickled")
+
+
+def start_rank(
+    link: LinkAddress, rank: int = 0, step_s: float = 0.0, fail: str = ""
+) -> subprocess.Popen[str]:
+    args = ["rank", link.host, link.port, link.secret.hex(), rank, step_s, fail]
+    return _start(args)
+
+
+def start_group(name: str, secret: bytes, step_s: float = 0.0) -> subprocess.Popen[str]:
+    return _start(["group", name, secret.hex(), step_s])
+
+
+def _start(args: list[object]) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+async def _serve_group(name: str, secret: bytes, step_s: float) -> None:
+    front = GroupFront(FrontConfig(name, secret))
+    await front.start()
+    rank = start_rank(front.rank_link, step_s=step_s)
+    await front.wait_ready(10)
+    print(front.port, rank.pid, flush=True)
+    await asyncio.Event().wait()
+
+
+def main(kind: str, *args: str) -> int:
+    if kind == "group":
+        name, secret, step_s = args
+        asyncio.run(_serve_group(name, bytes.fromhex(secret), float(step_s)))
+        return 0
+    host, port, secret, rank, step_s, fail = args
+    link = LinkAddress(host, int(port), bytes.fromhex(secret))
+    return run_rank(FakeProgram(float(step_s), fail), int(rank), "tcp://127.0.0.1:1", link)
+
+
+if __name__ == "__main__":
+    os._exit(main(*sys.argv[1:]))
