@@ -75,7 +75,7 @@ types: install-dev ## pyright
 
 wheel: install-dev ## build dist/*.whl
 	@rm -rf build dist
-	$(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/python -m build --quiet --wheel --outdir dist .
 
 bench: install-dev ## every benchmark: tables, and JSON under benchmarks/results/<machine>/
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS) || exit 1; done

@@ -16,7 +16,7 @@ from .errors import ClusterError
 
 # After a kill -9 the watchdog holds the lock until the old run's processes are gone.
 _LOCK_WAIT_S = 8.0
-# Ray's socket names add 62 characters to the folder's; a Unix socket's name has at most 107.
+# Ray's socket names add 64 characters to the folder's; a Unix socket's name has at most 107.
 _MAX_TEMP_CHARS = 24
 
 
@@ -115,3 +115,9 @@ def make_run_dir() -> Path:
     if len(base) > _MAX_TEMP_CHARS:
         base = "/tmp"
     return Path(tempfile.mkdtemp(prefix="lrpx-", dir=base))
+
+
+def ray_dir(run_dir: Path) -> Path:
+    """Ray's own folder in it. Ray opens that one to everybody, and the one above keeps them out:
+    a file that somebody else puts where workers stand could be imported by them."""
+    return run_dir / "r"

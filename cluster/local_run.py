@@ -18,7 +18,7 @@ from pydantic import SecretStr
 
 from . import local_ray
 from .errors import ClusterError
-from .local_dir import DataDir, make_run_dir
+from .local_dir import DataDir, make_run_dir, ray_dir
 from .local_watchdog import Watchdog
 from .settings import Settings
 from .up_checks import gpu_count
@@ -66,7 +66,11 @@ class LocalRun:
             self.data.open()
             self._run_dir = make_run_dir()
             self._watchdog = Watchdog(
-                self._run_dir, self.data.ray_logs, self.data.demo_json, self.data.lock_fd
+                self._run_dir,
+                ray_dir(self._run_dir),
+                self.data.ray_logs,
+                self.data.demo_json,
+                self.data.lock_fd,
             )
             self._redirect_output()
             # All processes of the run inherit it: by this the watchdog knows them, and it keeps
@@ -105,7 +109,7 @@ class LocalRun:
             ranks = self.settings.groups * self.settings.tp
             cpus = max(os.cpu_count() or 1, _SPARE_CPUS + ranks)
             try:
-                local_ray.start_ray(self._run_dir, cpus, gpus, self.data.ray_logs)
+                local_ray.start_ray(ray_dir(self._run_dir), cpus, gpus, self.data.ray_logs)
             except SystemExit:
                 raise Stopped from None  # what Ray's own handler of SIGTERM makes of it
             finally:
@@ -210,7 +214,7 @@ class LocalRun:
         if link.is_dir() and not link.is_symlink():
             shutil.rmtree(link, ignore_errors=True)
         link.unlink(missing_ok=True)
-        link.symlink_to(self._run_dir / "session_latest" / "logs")
+        link.symlink_to(ray_dir(self._run_dir) / "session_latest" / "logs")
 
     def _stop(self) -> None:
         self._stopping = True

@@ -77,17 +77,18 @@ class Watchdog:
 
     Args:
         folder: the run's temporary folder; removed at the end.
+        ray_folder: Ray's part of it.
         logs: where Ray's logs are copied to.
         remove: a file that must not outlive the run.
         keep_fd: a descriptor the watchdog holds open (the data folder's lock).
     """
 
-    def __init__(self, folder: Path, logs: Path, remove: Path, keep_fd: int):
+    def __init__(self, folder: Path, ray_folder: Path, logs: Path, remove: Path, keep_fd: int):
         read_fd, self._write_fd = os.pipe()
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-I", "-S", __file__),
-                *(str(read_fd), str(folder), str(logs), str(remove)),
+                *(str(read_fd), str(folder), str(ray_folder), str(logs), str(remove)),
             ],
             pass_fds=(read_fd, keep_fd),
             stdin=subprocess.DEVNULL,
@@ -111,8 +112,8 @@ class Watchdog:
                 self._process.wait(timeout_s)
 
 
-def _copy_logs(folder: str, logs: str) -> None:
-    current = os.path.join(folder, "session_latest", "logs")
+def _copy_logs(ray_folder: str, logs: str) -> None:
+    current = os.path.join(ray_folder, "session_latest", "logs")
     if os.path.islink(logs):
         os.unlink(logs)
     if os.path.isdir(current):
@@ -120,7 +121,7 @@ def _copy_logs(folder: str, logs: str) -> None:
         shutil.copytree(current, logs, symlinks=True, ignore_dangling_symlinks=True)
 
 
-def _watch(read_fd: int, folder: str, logs: str, remove: str) -> None:
+def _watch(read_fd: int, folder: str, ray_folder: str, logs: str, remove: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
@@ -131,9 +132,9 @@ def _watch(read_fd: int, folder: str, logs: str, remove: str) -> None:
     # A parent that ends in an orderly way stands in the folder too, and waits for this process.
     end_processes(folder, spare=[parent] if os.getppid() == parent else [])
     with contextlib.suppress(OSError, shutil.Error):
-        _copy_logs(folder, logs)
+        _copy_logs(ray_folder, logs)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    _watch(int(sys.argv[1]), *sys.argv[2:5])
+    _watch(int(sys.argv[1]), *sys.argv[2:6])

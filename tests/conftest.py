@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # `kernels` and take it for the package of that name. Child processes and Ray workers inherit
 # the variable.
 os.environ["PYTHONSAFEPATH"] = "1"
+# Ray clusters of tests stay on loopback (cluster/local_ray.py says how) and tell nobody.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from .config import EngineConfig, ModelConfig
     from .engine import Engine
     from .engine_process import EngineLike, LinkAddress, RankProgram, run_rank
-    from .engine_program import EngineProgram
     from .errors import (
         AdapterTooLarge,
         GroupFailed,
@@ -49,7 +48,6 @@ _HOME = {
     "Engine": "engine",
     "EngineConfig": "config",
     "EngineLike": "engine_process",
-    "EngineProgram": "engine_program",
     "EngineReport": "report",
     "FinishReason": "request",
     "Frame": "wire",
@@ -90,7 +88,6 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "EngineLike",
-    "EngineProgram",
     "EngineReport",
     "FinishReason",
     "Frame",

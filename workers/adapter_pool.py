@@ -9,11 +9,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 
-from ..adapter_store import Pack
+from ..adapter_store import ExpertEntry, Pack
 from ..kernels import (
     FUSED_GATE_UP,
     SHARED_A13,
@@ -185,14 +186,14 @@ class AdapterPool:
                 yield _Block(b.size, lambda b=b: b, tables.offset_b, (slot, p))
             if layer.experts is None:
                 continue
-            tables = self.experts[n]
-            for i, expert in enumerate(layer.experts.ids):
-                yield from self._expert_blocks(pack, n, i, expert, slot, tables, layer.experts)
+            for i in range(len(layer.experts.ids)):
+                yield from self._expert_blocks(pack, n, i, slot, layer.experts)
 
     def _expert_blocks(
-        self, pack: Pack, layer: int, i: int, expert: int, slot: int, tables, experts
+        self, pack: Pack, layer: int, i: int, slot: int, experts: ExpertEntry
     ) -> Iterator[_Block]:
-        at = (slot, expert)
+        at = (slot, experts.ids[i])
+        tables = self.experts[layer]
         tp = (self._shard.rank, self._shard.size)
         local = self._model.moe_intermediate_size // self._shard.size
         gate, up, down = experts.rank[i]
@@ -201,7 +202,8 @@ class AdapterPool:
         if a_rows and (i == 0 or not experts.shared_a13):
             yield _Block(a_rows * hidden, lambda: pack.a13(layer, i), tables.offset_a13, at)
         shift = 0
-        for part, rank in (("gate", gate), ("up", up)):
+        parts: tuple[tuple[Literal["gate", "up"], int], ...] = (("gate", gate), ("up", up))
+        for part, rank in parts:
             if rank:
                 yield _Block(
                     local * rank,

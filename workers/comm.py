@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 import torch
@@ -18,8 +18,8 @@ class Comm:
 
     def __init__(self, rank: int = 0, size: int = 1, rendezvous: str = "", device: str = "cpu"):
         self.rank, self.size = rank, size
-        self._reduce: dist.ProcessGroup | None = None
-        self._control: dist.ProcessGroup | None = None
+        self._reduce: Any = None
+        self._control: Any = None
         if size == 1:
             return
         dist.init_process_group(
@@ -46,7 +46,7 @@ class Comm:
         first = torch.zeros(_INLINE_BYTES, dtype=torch.uint8)
         body = b""
         if self.rank == 0:
-            body = msgpack.packb(message)
+            body = cast(bytes, msgpack.packb(message))
             head = len(body).to_bytes(8, "little") + body[: _INLINE_BYTES - 8]
             first[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
         dist.broadcast(first, src=0, group=self._control)

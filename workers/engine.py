@@ -98,7 +98,7 @@ class Engine:
         """Forgets a deleted adapter on this node: pool, disk and cached prefixes."""
         self._residency.purge(key)
         self._packs.remove(key)
-        self._kv.forget_all()
+        self._kv.forget(key)
 
     def report(self) -> EngineReport:
         r, s, res = self._report, self._scheduler, self._residency
@@ -236,13 +236,12 @@ class Engine:
             seq.prompt_logprobs += token_logprobs(logits[: len(targets)], targets, top)
 
     def _count_tokens(self, seq: Sequence, prompt: int = 0, output: int = 0) -> None:
-        key = seq.adapter_key or f"{seq.request.tenant_id}/base"
-        if prompt:
-            counts = self._report.prompt_tokens
-            counts[key] = counts.get(key, 0) + prompt
-        if output:
-            counts = self._report.output_tokens
-            counts[key] = counts.get(key, 0) + output
+        for counts, n in (
+            (self._report.prompt_tokens, prompt),
+            (self._report.output_tokens, output),
+        ):
+            if n:
+                counts[seq.owner] = counts.get(seq.owner, 0) + n
 
     def _end(self, seq: Sequence) -> None:
         del self._sequences[seq.request.request_id]

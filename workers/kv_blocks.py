@@ -33,6 +33,7 @@ class KVBlocks:
         self.total, self.block_size = total, block_size
         self._holders = [0] * total
         self._hash_of: list[BlockHash | None] = [None] * total
+        self._owner_of: list[str | None] = [None] * total
         self._cached: dict[BlockHash, int] = {}
         # Free blocks, oldest first. Those that still carry a hash can be found by `match`.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(total))
@@ -70,11 +71,15 @@ class KVBlocks:
             taken.append(block)
         return taken
 
-    def publish(self, block: int, h: BlockHash) -> None:
-        """Names a held block that is now full. A second block of equal content stays unnamed."""
+    def publish(self, block: int, h: BlockHash, owner: str) -> None:
+        """Names a held block that is now full. A second block of equal content stays unnamed.
+
+        `owner` is the adapter's key; `forget` takes all of an owner's blocks.
+        """
         if h not in self._cached and self._hash_of[block] is None:
             self._cached[h] = block
             self._hash_of[block] = h
+            self._owner_of[block] = owner
 
     def release(self, blocks: Sequence[int]) -> None:
         """Gives up one hold on each. A sequence's tail is freed first, so that it goes first."""
@@ -85,10 +90,11 @@ class KVBlocks:
                 if self._hash_of[block] is None:
                     self._free.move_to_end(block, last=False)
 
-    def forget_all(self) -> None:
-        """Drops every cached prefix (after a purge). Held blocks stay held, but unnamed."""
+    def forget(self, owner: str) -> None:
+        """Drops an owner's cached prefixes. Held blocks stay held, but unnamed."""
         for block in range(self.total):
-            self._forget(block)
+            if self._owner_of[block] == owner:
+                self._forget(block)
 
     def check_integrity(self) -> None:
         """Raises AssertionError where the books don't balance."""
@@ -99,4 +105,4 @@ class KVBlocks:
         h = self._hash_of[block]
         if h is not None:
             del self._cached[h]
-            self._hash_of[block] = None
+            self._hash_of[block] = self._owner_of[block] = None

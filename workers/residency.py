@@ -49,6 +49,7 @@ class Residency:
         self._free_slots = list(range(pool.max_slots - 1, -1, -1))
         self._desired: dict[str, AdapterRef] = {}
         self._refused: set[str] = set()  # prefetches that failed: not tried again until asked for
+        self._no_room: set[str] = set()  # prefetches that wait until something is given up
         self._changes: list[SlotChange] = []
         self._clock = 0
         self.loads: dict[str, int] = {}
@@ -82,6 +83,7 @@ class Residency:
         """Ends one sequence's hold on `slot`."""
         resident = self._by_slot[slot]
         resident.users -= 1
+        self._no_room.clear()
         if resident.doomed and resident.users == 0:
             self._drop(resident)
 
@@ -103,8 +105,9 @@ class Residency:
             try:
                 self._bring_in(ref, evict_desired=False)
                 return
-            except Waiting:
-                continue
+            except Waiting as wait:
+                if wait.for_room:
+                    self._no_room.add(key)
             except Exception:
                 # A request for it will fetch again and report the reason to its tenant.
                 self._refused.add(key)
@@ -142,9 +145,7 @@ class Residency:
         return self._fetcher.loading
 
     def _blocked(self, key: str) -> bool:
-        return key in self._fetcher.loading or (
-            key in self._fetched and not self._victims(evict_desired=False)
-        )
+        return key in self._no_room or key in self._fetcher.loading
 
     def _bring_in(self, ref: AdapterRef, evict_desired: bool) -> tuple[_Resident, str]:
         if ref.key not in self._fetched:
@@ -221,3 +222,4 @@ class Residency:
         self._free_slots.append(resident.slot)
         del self._by_slot[resident.slot]
         del self._residents[resident.ref.key]
+        self._no_room.clear()

@@ -52,44 +52,57 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         if draw.banned:
             logits[row, list(draw.banned)] = float("-inf")
     chosen = logits.argmax(dim=-1)
-    rows = [i for i, d in enumerate(draws) if d.params.temperature > 0]
-    if not rows:
-        return chosen
-    device = logits.device
-    params = [draws[i].params for i in rows]
-    temperature = torch.tensor([p.temperature for p in params], device=device)
-    # In float32 a temperature of 1e-6 would overflow; such rows are greedy to rounding anyway.
-    scaled = logits[rows] / temperature.clamp(min=1e-4)[:, None]
-    u = torch.tensor([uniform(draws[i].params.seed, draws[i].position) for i in rows])
-    drawn = _invert(scaled, u.to(device), params)
-    chosen[rows] = drawn
+    # Filtered rows are inverted in order of likelihood, the others in order of ids: apart, so
+    # that a row's draw doesn't hang on what its neighbours ask for.
+    for filtered in (False, True):
+        rows = [
+            i
+            for i, d in enumerate(draws)
+            if d.params.temperature > 0 and (d.params.top_k > 0 or d.params.top_p < 1) == filtered
+        ]
+        if rows:
+            invert = _invert_filtered if filtered else _invert
+            params = [draws[i].params for i in rows]
+            u = torch.tensor([uniform(draws[i].params.seed, draws[i].position) for i in rows])
+            chosen[rows] = invert(_scaled(logits[rows], params), u.to(logits.device), params)
     return chosen
 
 
+def _scaled(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    temperature = torch.tensor([p.temperature for p in params], device=logits.device)
+    # In float32 a temperature of 1e-6 would overflow; such rows are greedy to rounding anyway.
+    return logits / temperature.clamp(min=1e-4)[:, None]
+
+
 def _invert(logits: torch.Tensor, u: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """Inverse-CDF draw from each filtered row. float32 [N, V], float [N] -> int64 [N]."""
-    if all(p.top_k == 0 and p.top_p >= 1 for p in params):
-        order = None
-        probs = torch.softmax(logits, dim=-1)
-    else:
-        # A stable sort, so that ties fall the same way whatever the batch.
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        probs = torch.softmax(ordered, dim=-1)
-        top_p = torch.tensor([p.top_p for p in params], device=logits.device)
-        vocab = logits.shape[-1]
-        top_k = torch.tensor([p.top_k or vocab for p in params], device=logits.device)
-        before = probs.cumsum(dim=-1) - probs
-        place = torch.arange(vocab, device=logits.device)
-        keep = (place[None] < top_k[:, None]) & (before < top_p[:, None])
-        keep[:, 0] = True
-        probs = torch.where(keep, probs, 0.0)
-    cdf = probs.double().cumsum(dim=-1)
+    """Inverse-CDF draw from each row's softmax. float32 [N, V], float [N] -> int64 [N]."""
+    return _search(torch.softmax(logits, dim=-1), u)
+
+
+def _invert_filtered(
+    logits: torch.Tensor, u: torch.Tensor, params: list[SamplingParams]
+) -> torch.Tensor:
+    """As `_invert`, of what top_k and top_p leave; the likeliest token always stays."""
+    # A stable sort, so that ties fall the same way whatever the batch.
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    probs = torch.softmax(ordered, dim=-1)
+    vocab = logits.shape[-1]
+    top_p = torch.tensor([p.top_p for p in params], device=logits.device)
+    top_k = torch.tensor([p.top_k or vocab for p in params], device=logits.device)
+    before = probs.cumsum(dim=-1) - probs
+    place = torch.arange(vocab, device=logits.device)
+    keep = (place[None] < top_k[:, None]) & (before < top_p[:, None])
+    keep[:, 0] = True
+    index = _search(torch.where(keep, probs, 0.0), u)
+    return order.gather(1, index[:, None])[:, 0]
+
+
+def _search(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """First index of each row whose cumulative share exceeds u: never one of weight 0."""
+    cdf = weights.double().cumsum(dim=-1)
     target = u.double()[:, None] * cdf[:, -1:]
-    # First index whose cdf exceeds the target: never one of probability 0.
-    index = torch.searchsorted(cdf, target, right=True).clamp(max=logits.shape[-1] - 1)
-    if order is not None:
-        index = order.gather(1, index)
-    return index[:, 0]
+    found = torch.searchsorted(cdf, target, right=True)
+    return found.clamp(max=weights.shape[-1] - 1)[:, 0]
 
 
 def token_logprobs(

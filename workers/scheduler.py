@@ -91,7 +91,7 @@ class Scheduler:
         seq.extend_hashes(self._kv.block_size)
         full = seq.computed // self._kv.block_size
         for i in range((seq.computed - done.count) // self._kv.block_size, full):
-            self._kv.publish(seq.blocks[i], seq.hashes[i])
+            self._kv.publish(seq.blocks[i], seq.hashes[i], seq.owner)
 
     def _admit(self, budget: int, work: list[Scheduled], refusals: list[Refusal]) -> None:
         blocked: Sequence | None = None  # the oldest that waits for room in the pool

@@ -39,6 +39,11 @@ class Sequence:
         return self.request.adapter.key if self.request.adapter else None
 
     @property
+    def owner(self) -> str:
+        """Whose work this is, as reports and the prefix cache name it."""
+        return self.adapter_key or f"{self.request.tenant_id}/base"
+
+    @property
     def output_count(self) -> int:
         return len(self.tokens) - len(self.request.prompt_ids)
 

@@ -143,14 +143,14 @@ class TestWatchdog:
         code = f"""
 import os, subprocess, sys, time
 from pathlib import Path
-from loraplex.cluster.local_dir import DataDir, make_run_dir
+from loraplex.cluster.local_dir import DataDir, make_run_dir, ray_dir
 from loraplex.cluster.local_watchdog import Watchdog
 data = DataDir(Path({str(tmp_path)!r})); data.open()
 run = make_run_dir(); os.chdir(run)
-dog = Watchdog(run, data.ray_logs, data.demo_json, data.lock_fd)
+dog = Watchdog(run, ray_dir(run), data.ray_logs, data.demo_json, data.lock_fd)
 data.write_demo({{}})
-(run / "session_latest" / "logs").mkdir(parents=True)
-(run / "session_latest" / "logs" / "raylet.out").write_text("hello")
+(ray_dir(run) / "session_latest" / "logs").mkdir(parents=True)
+(ray_dir(run) / "session_latest" / "logs" / "raylet.out").write_text("hello")
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"],
                          start_new_session=True, env={{}})
 print(run, child.pid, dog.pid, flush=True)

@@ -49,8 +49,12 @@ class Demo:
     refs: dict[str, AdapterRef]
 
     def config(self, **changes: object) -> EngineConfig:
-        defaults = {"base_fingerprint": self.base.fingerprint, "pool_bytes": 32 << 20}
-        return EngineConfig(str(self.model), **{**defaults, **changes})  # type: ignore[arg-type]
+        defaults = {
+            "model_path": str(self.model),
+            "base_fingerprint": self.base.fingerprint,
+            "pool_bytes": 32 << 20,
+        }
+        return EngineConfig(**{**defaults, **changes})  # type: ignore[arg-type]
 
     def engine(self, **changes: object) -> Engine:
         return Engine(self.config(**changes), self.packs)
@@ -58,7 +62,7 @@ class Demo:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # several processes may share the cores: barriers would stall
     folder = tmp_path_factory.mktemp("packs")
     base = BaseModel.from_folder(DEMO / "model", "loraplex-demo")
     packs, refs = LocalPacks(), {}

@@ -136,17 +136,22 @@ def test_a_rare_adapter_is_not_starved_by_a_stream_of_resident_ones(demo, make_e
     assert engine.report().evictions == 1
 
 
-def test_prefetch_loads_what_the_controller_wants_and_evicts_nothing_in_use(
+def test_prefetch_loads_what_the_controller_wants_but_evicts_nothing_in_use(
     demo, make_engine, greedy
 ):
-    engine = make_engine()
-    refs = list(demo.refs.values())
-    engine.set_desired(refs[:2])
-    for _ in range(2000):
-        if not engine.has_work():
-            break
-        engine.step()
-    assert set(engine.report().gpu) == {r.key for r in refs[:2]}
+    """Room for one large adapter, which is in use: the other waits, then replaces it."""
+    engine = make_engine(pool_bytes=4 << 20)
+    used, wanted = demo.refs["whaler"], demo.refs["scripture"]
+    engine.submit(greedy("a", [10], used, max_tokens=30))
+    engine.set_desired([wanted])
+    deadline = time.monotonic() + 20
+    while wanted.key not in engine.report().gpu and time.monotonic() < deadline:
+        running = engine.report().running
+        if engine.has_work():
+            engine.step()
+        if running:
+            assert used.key in engine.report().gpu
+    assert set(engine.report().gpu) == {wanted.key}
 
 
 def test_report_counts_tokens_by_adapter_and_survives_the_wire(demo, make_engine, run, greedy):

@@ -85,11 +85,20 @@ def test_odd_chunks_and_a_pool_that_holds_two_adapters_change_nothing(
     assert engine.report().evictions > 0
 
 
-def test_preemption_changes_nothing(demo, make_engine, run, greedy, cases, oracles):
-    engine = make_engine(kv_tokens=256, max_batch_tokens=64)
-    results = run(engine, submit_all(cases[:20], demo, greedy))
-    check(results, cases[:20], oracles)
-    assert engine.report().preemptions > 0
+def test_preemption_changes_nothing(demo, make_engine, run, greedy, cases):
+    """Against an engine with room for all, whose results the tests above hold to the oracle."""
+    requests = [
+        greedy(str(i), prompt, demo.refs.get(name), max_tokens=60)
+        for i, (name, prompt, _) in enumerate(cases[:8])
+    ]
+    roomy, tight = make_engine(), make_engine(kv_tokens=256)
+    expected, results = run(roomy, requests), run(tight, requests)
+    assert roomy.report().preemptions == 0
+    assert tight.report().preemptions > 0
+    for request_id, result in results.items():
+        assert result.tokens == expected[request_id].tokens
+        for mine, reference in zip(result.logprobs, expected[request_id].logprobs, strict=True):
+            assert abs(mine - reference) <= 1e-4
 
 
 def test_prefix_cache_hits_change_nothing(demo, make_engine, run, greedy, cases, oracles):
