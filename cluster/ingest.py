@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from typing import Any
 
 import ray
@@ -16,6 +18,7 @@ from ..adapter_store import (
     ObjectStore,
     Publisher,
     UploadSizes,
+    sweep,
 )
 from .adapter_json import version_json
 from .settings import RAY_NAMESPACE, Settings
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 INGEST_ACTOR = "ingest"
 INGEST_CPUS = 0.1
+_SWEEP_EVERY_S = 3600.0
 
 # A version's fields, or the error that a publish ended with.
 Result = dict[str, Any] | AdapterStoreError
@@ -48,6 +52,8 @@ class IngestWorker:
             settings.scratch_dir,
             upload_sizes(settings),
         )
+        sweeper = threading.Thread(target=sweep_forever, args=(store,), name="sweep", daemon=True)
+        sweeper.start()
 
     def ingest(self, tenant_id: str, name: str, upload_id: str) -> Result:
         """The published version's fields, or why there is none.
@@ -67,6 +73,16 @@ class IngestWorker:
             logger.exception("upload %s of tenant %s failed", upload_id, tenant_id)
             result = AdapterStoreError("the ingest failed; its log says why")
         finish_upload(self._uploads, tenant_id, name, upload_id, result)
+
+
+def sweep_forever(store: ObjectStore) -> None:
+    """Removes what crashes and abandoned uploads left behind, every hour."""
+    while True:
+        time.sleep(_SWEEP_EVERY_S)
+        try:
+            logger.info("swept the store: %s", sweep(store, Catalogue(store)))
+        except AdapterStoreError as error:
+            logger.warning("the store wasn't swept, the next try is in an hour: %s", error)
 
 
 def finish_upload(
