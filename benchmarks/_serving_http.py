@@ -140,4 +140,8 @@ def _first_token(
                 first = time.perf_counter() - returned
     if first is None:
         raise RuntimeError(f"no text of {name} came: {stream.status_code}")
-    return {"adapter": adapter, "upload_s": returned - began, "first_token_s": first}
+    return {
+        "adapter": adapter,
+        "upload_s": round(returned - began, 3),
+        "first_token_s": round(first, 3),
+    }

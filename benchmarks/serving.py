@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--skip-http", action="store_true", help="leave out 4")
     parser.add_argument("up", nargs="*", help="more arguments of `loraplex up`, after --")
     args = parser.parse_args()
+    load = os.getloadavg()[0]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     demo = DemoFacts.read()
@@ -161,6 +162,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "cpus": os.cpu_count(),
+        "load_average_before": round(load, 2),
         "threads": args.threads,
         "requests": REQUESTS,
         "prompt_tokens": PROMPT_TOKENS,

@@ -96,7 +96,8 @@ class Client:
     def _upload_presigned(
         self, name: str, config: Path, weights: Path, progress: Progress | None
     ) -> dict[str, Any]:
-        begun = self.call("POST", "/v1/adapters/uploads", json={"name": name})
+        body = {"name": name, "weights_bytes": weights.stat().st_size}
+        begun = self.call("POST", "/v1/adapters/uploads", json=body)
         path = f"/v1/adapters/uploads/{begun['upload_id']}"
         for part, file in (("config", config), ("weights", weights)):
             _put(begun["urls"][part], file, progress if part == "weights" else None)

@@ -20,15 +20,18 @@ if TYPE_CHECKING:
     from ...adapter_store import KeyRecord, Tenant
 
 
+MAX_LIMIT = 10**15  # within it, floats count one by one
+
+
 class LimitsBody(BaseModel):
     """Absent: unchanged (unlimited for a new tenant). null: unlimited."""
 
     model_config = ConfigDict(extra="forbid")
 
-    requests_per_minute: StrictInt | None = Field(None, ge=1)
-    tokens_per_minute: StrictInt | None = Field(None, ge=1)
-    max_adapters: StrictInt | None = Field(None, ge=0)
-    max_bytes: StrictInt | None = Field(None, ge=0, description="of all packs")
+    requests_per_minute: StrictInt | None = Field(None, ge=1, le=MAX_LIMIT)
+    tokens_per_minute: StrictInt | None = Field(None, ge=1, le=MAX_LIMIT)
+    max_adapters: StrictInt | None = Field(None, ge=0, le=MAX_LIMIT)
+    max_bytes: StrictInt | None = Field(None, ge=0, le=MAX_LIMIT, description="of all packs")
     weight: float = Field(1.0, gt=0, le=1000, description="share of the compute")
 
 

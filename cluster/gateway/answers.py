@@ -61,6 +61,12 @@ def from_validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
         return ApiError(400, "invalid_json", f"the body is not valid JSON: {reason}".rstrip(": "))
+    if isinstance(first.get("input"), bytes):  # FastAPI leaves other content types unread
+        return ApiError(
+            400,
+            "invalid_json",
+            "the body isn't marked as JSON; send `Content-Type: application/json`",
+        )
     # A field of several types has an error for each of them: the one that fits best went deepest.
     root = _path(first["loc"])
     paths = [_path(item["loc"]) for item in errors]

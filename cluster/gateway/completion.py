@@ -111,6 +111,14 @@ async def prepare(
     estimate = 0
     for prompt_index, prompt in enumerate(prompts):
         room = _room(deps, plan, len(prompt), shape.prompt_field)
+        if plan.sampling.min_tokens > room:
+            raise ApiError(
+                400,
+                "invalid_value",
+                f"min_tokens is {plan.sampling.min_tokens}, but after the prompt there is room "
+                f"for {room} tokens",
+                param="min_tokens",
+            )
         expected = room if plan.max_tokens is not None else min(room, OPEN_END_TOKENS)
         estimate += len(prompt) + plan.n * expected
         for k in range(plan.n):

@@ -123,7 +123,7 @@ def _plan(
             min_tokens=min_tokens,
             temperature=1.0 if body.temperature is None else float(body.temperature),
             top_p=1.0 if body.top_p is None else float(body.top_p),
-            top_k=max(body.top_k or 0, 0),
+            top_k=min(max(body.top_k or 0, 0), vocab_size),
             logprobs=top,
             stop_token_ids=tuple(stop_ids),
             ignore_eos=bool(body.ignore_eos),

@@ -93,7 +93,9 @@ class TextTokenizer:
         return cls(tokenizer, template, context, eos_ids)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # Of a batch, even of one text, tokenizers lets other threads run meanwhile.
+        batch = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return batch[0].ids
 
     def is_special(self, token_id: int) -> bool:
         """Whether text omits this token (end of turn, padding)."""

@@ -187,6 +187,38 @@ def test_refusal_is_shown_in_the_services_words(service: FakeService, adapter: P
     assert "DoRA adapters aren't served" in done.stderr
 
 
+def test_large_weights_go_to_the_store_and_the_result_is_awaited(
+    service: FakeService, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplex.cluster.cli_client.DIRECT_BYTES", 100)
+    monkeypatch.setattr("loraplex.cluster.cli_client._POLL_S", 0.01)
+    urls = {part: f"{service.url}/bucket/{part}" for part in ("config", "weights")}
+    path = "/v1/adapters/uploads"
+    service.on("POST", path, (201, {"upload_id": "u1", "urls": urls}))
+    service.on("PUT", "/bucket/config", (200, None))
+    service.on("PUT", "/bucket/weights", (200, None))
+    service.on("POST", f"{path}/u1/complete", (202, {}))
+    ready = {"status": "ready", "adapter": ADAPTER}
+    service.on("GET", f"{path}/u1", (200, {"status": "processing"}), (200, ready))
+    sent = []
+    with Client(service.url, "k") as client:
+        version = client.upload(
+            "pirate", *adapter_files(adapter), progress=lambda done, total: sent.append(done)
+        )
+    assert version["version"] == 2
+    size = (adapter / "adapter_model.safetensors").stat().st_size
+    assert max(sent) == size
+    assert json.loads(service.requests[0][3]) == {"name": "pirate", "weights_bytes": size}
+    bodies = {r[1]: r for r in service.requests if r[0] == "PUT"}
+    assert bodies["/bucket/weights"][3] == b"weights" * 1000
+    assert "authorization" not in bodies["/bucket/weights"][2]  # the URL is the permission
+
+    refused = {"status": "refused", "error": {"message": "NaN in q_proj", "code": "not_finite"}}
+    service.on("GET", f"{path}/u1", (200, refused))
+    with Client(service.url, "k") as client, pytest.raises(RequestFailed, match="NaN in q_proj"):
+        client.upload("pirate", *adapter_files(adapter))
+
+
 def test_missing_files_of_an_adapter_are_named(adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(RequestFailed, match="safe_serialization"):

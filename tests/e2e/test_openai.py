@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -258,3 +259,36 @@ def test_the_whole_context_can_be_used(acme: Tenant, oracle: Callable[[str], Ora
     )
     assert answer.usage is not None
     assert answer.usage.total_tokens == 2048
+
+
+def test_numbers_out_of_all_bounds(service: Service, acme: Tenant) -> None:
+    huge = 10**30
+    assert acme.text("scripture", "x", 4, extra_body={"top_k": huge})
+    assert acme.text("scripture", "x", 4, seed=-huge)
+    chat = {"model": "scripture", "messages": QUESTION}
+    for wrong in ({"min_tokens": huge}, {"min_tokens": 2048}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            acme.openai.chat.completions.create(**chat, extra_body=wrong)  # type: ignore[arg-type]
+        assert refused.value.param == "min_tokens"
+    limits = {"tokens_per_minute": 10**400}
+    made = service.admin.post("/admin/v1/tenants", json={"name": "huge", "limits": limits})
+    assert made.status_code == 400
+    assert made.json()["error"]["param"] == "limits.tokens_per_minute"
+
+
+def test_a_body_that_is_not_marked_as_json_is_told_so(acme: Tenant) -> None:
+    response = acme.http.post("/v1/completions", content=b'{"model": "scripture"}')
+    assert response.status_code == 400
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
+
+
+def test_a_huge_prompt_does_not_keep_others_waiting(acme: Tenant) -> None:
+    body = {"model": "scripture", "prompt": "ab " * 1_000_000}
+    with ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(acme.http.post, "/v1/completions", json=body)
+        answered = 0
+        while not refused.done():
+            acme.models()
+            answered += 1
+    assert refused.result().status_code == 400
+    assert answered > 5
