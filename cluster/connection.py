@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections import deque
 
@@ -175,8 +174,8 @@ class GroupConnection:
         """Ends the connection; open streams raise GroupLost."""
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            # Not `await task` with its cancellation suppressed: that would swallow the caller's.
+            await asyncio.wait([self._task])
 
     @property
     def connected(self) -> bool:

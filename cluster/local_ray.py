@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import os
@@ -9,6 +10,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -128,10 +130,32 @@ def stop_ray(stop_serve: bool = True) -> None:
         from ray import serve
 
         # Serve waits up to 30 s for a controller that is stuck; a thread can be left behind.
+        # It may also miss its controller's end and ask a dead one: that end is watched for, too.
+        controller = _serve_controller()
         thread = threading.Thread(target=_quietly(serve.shutdown), daemon=True)
         thread.start()
-        thread.join(SERVE_STOP_S)
+        deadline = time.monotonic() + SERVE_STOP_S
+        while thread.is_alive() and time.monotonic() < deadline:
+            thread.join(0.1)
+            if controller is not None and not _is_alive(controller):
+                thread.join(1.0)
+                break
     _quietly(ray.shutdown)()
+
+
+def _serve_controller() -> psutil.Process | None:
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if " ".join(process.cmdline()).startswith("ray::ServeController"):
+                return process
+    return None
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _quietly(call: Any) -> Any:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from datetime import timedelta
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import msgpack
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 # Room for the step message of a usual decode step: larger ones take a second broadcast.
 _INLINE_BYTES = 16 << 10
+_RENDEZVOUS_S = 300.0
 
 
 class Comm:
@@ -24,7 +29,7 @@ class Comm:
             return
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
-            init_method=rendezvous,
+            store=_store(rendezvous, rank, size),
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=600),
@@ -63,3 +68,24 @@ class Comm:
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _store(rendezvous: str, rank: int, size: int) -> TCPStore:
+    """Where the ranks find each other. torch's own would listen on every interface."""
+    # gloo picks its interface by the host's name otherwise, which may resolve to an outer one.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    address = urlsplit(rendezvous)
+    host, port = address.hostname or "127.0.0.1", address.port or 0
+    timeout = timedelta(seconds=_RENDEZVOUS_S)
+    if rank != 0:
+        return TCPStore(host, port, size, False, timeout=timeout)
+    listener = socket.create_server((host, port))
+    return TCPStore(
+        host,
+        port,
+        size,
+        True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )

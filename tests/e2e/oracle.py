@@ -30,7 +30,7 @@ class Oracle:
         """The continuation's ids, a token that ends it included."""
         ids = torch.tensor([list(prompt)])
         with torch.no_grad():
-            out = self._model.generate(
+            out = self._model.generate(  # pyright: ignore[reportAttributeAccessIssue]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_tokens,
