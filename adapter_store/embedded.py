@@ -227,17 +227,6 @@ class EmbeddedS3:
                     ) from error
             time.sleep(0.05)
 
-    def _probe(self, store: ObjectStore) -> None:
-        """Reads what the last start wrote, then writes.
-
-        It answers before its master knows the volumes on its disk. Until then old objects can't
-        be read, and a write might be given a new volume under an old one's number.
-        """
-        if self._last_port_file.exists():
-            store.get(_PROBE)
-        store.put(_PROBE, b"written at each start")
-        store.get(_PROBE)
-
     def _log_end(self) -> str:
         try:
             lines = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
