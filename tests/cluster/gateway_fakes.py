@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
-from gateway_texts import EOS, text_tokenizer
 from loraplex.adapter_store import (
     AdapterRefused,
     AdapterStoreError,
@@ -31,6 +30,8 @@ from loraplex.cluster.metrics import GatewayMetrics, new_registry
 from loraplex.cluster.settings import Settings
 from loraplex.cluster.uploads import Uploads
 from loraplex.workers import GenerationRequest, TokenLogprob, TokenOutput
+
+from tests.cluster.gateway_texts import EOS, text_tokenizer
 
 BASE = "base-model"
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,10 +14,9 @@ from hypothesis import strategies as st
 from loraplex.cluster.gateway import respond
 from loraplex.workers import GenerationRequest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from gateway_fakes import BASE, Bench, default_answer, make_bench
-from gateway_store import MemoryStore
-from gateway_texts import EOS, raw_tokenizer, text_tokenizer
+from tests.cluster.gateway_fakes import BASE, Bench, default_answer, make_bench
+from tests.cluster.gateway_store import MemoryStore
+from tests.cluster.gateway_texts import EOS, raw_tokenizer, text_tokenizer
 
 
 @pytest.fixture

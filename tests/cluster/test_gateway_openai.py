@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 import uvicorn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from gateway_fakes import BASE, Bench, default_answer, make_bench
-from gateway_store import MemoryStore
-from gateway_texts import raw_tokenizer
+from tests.cluster.gateway_fakes import BASE, Bench, default_answer, make_bench
+from tests.cluster.gateway_store import MemoryStore
+from tests.cluster.gateway_texts import raw_tokenizer
 
 
 @pytest.fixture

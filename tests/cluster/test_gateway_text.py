@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,8 +17,7 @@ from loraplex.cluster.gateway.stop import StopScanner
 from loraplex.cluster.gateway.tokenizer import TextTokenizer
 from loraplex.workers import SamplingParams, TokenLogprob, TokenOutput
 
-sys.path.insert(0, str(Path(__file__).parent))
-from gateway_texts import EOS, raw_tokenizer, text_tokenizer
+from tests.cluster.gateway_texts import EOS, raw_tokenizer, text_tokenizer
 
 VOCAB = raw_tokenizer().get_vocab_size()
 any_ids = st.lists(st.integers(0, VOCAB + 3), max_size=40)

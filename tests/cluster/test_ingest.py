@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 import uuid
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +20,7 @@ from loraplex.cluster.ingest import IngestWorker, make_uploads
 from loraplex.cluster.settings import Settings
 from safetensors.numpy import save
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from adapters import tiny_base_model
+from tests.adapters import tiny_base_model
 
 A_KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 CONFIG = json.dumps(
