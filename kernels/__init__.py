@@ -1,11 +1,13 @@
 """Tensors in, tensors out: the MoE layer and the dense projections with many LoRA adapters."""
 
-from . import torch_backend
-from .align import AlignedBatch, moe_lora_align_block_size
+from .align import moe_lora_align_block_size
+from .aligned import AlignedBatch, BlockSegments
+from .backends import backend_for
 from .dense_lora import lora_linear_
-from .lora_batch import DenseSegments, LoraBatch
+from .lora_batch import LoraBatch
 from .lora_tables import FUSED_GATE_UP, SHARED_A13, SHARED_B2, DenseLoraTables, ExpertLoraTables
 from .moe import fused_moe
+from .moe_weights import ClampedSwiglu, MoeWeights
 from .reference import (
     Factors,
     align_reference,
@@ -15,20 +17,25 @@ from .reference import (
     moe_reference,
 )
 from .runner import MoeBackend, MoeRunner
+from .torch_backend import TorchBackend
 
 __all__ = [
     "FUSED_GATE_UP",
     "SHARED_A13",
     "SHARED_B2",
     "AlignedBatch",
+    "BlockSegments",
+    "ClampedSwiglu",
     "DenseLoraTables",
-    "DenseSegments",
     "ExpertLoraTables",
     "Factors",
     "LoraBatch",
     "MoeBackend",
     "MoeRunner",
+    "MoeWeights",
+    "TorchBackend",
     "align_reference",
+    "backend_for",
     "fused_moe",
     "gather_dense_factors",
     "gather_factors",
@@ -36,5 +43,4 @@ __all__ = [
     "lora_linear_reference",
     "moe_lora_align_block_size",
     "moe_reference",
-    "torch_backend",
 ]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from .backends import gpu
 from .checks import check
 from .host import on_host
-from .lora_batch import DenseSegments
+from .lora_batch import HostSegments, LoraBatch
 from .lora_tables import DenseLoraTables
 from .low_rank import Expands, Shrinks, add_low_rank_
 
 
 def lora_linear_(
-    out: torch.Tensor, x: torch.Tensor, tables: DenseLoraTables, segments: DenseSegments
+    out: torch.Tensor, x: torch.Tensor, tables: DenseLoraTables, lora_batch: LoraBatch
 ) -> None:
     """out += scale * B (A x) for each projection of `tables`, in place.
 
@@ -21,13 +22,14 @@ def lora_linear_(
         out: [T, sum(out_sizes)], the base outputs of the P projections side by side.
         x: [T, in], their common input; dtype and device of out.
         tables: factors of the P projections.
-        segments: runs of tokens with one adapter, made once a step.
+        lora_batch: adapter slot of each token, made once a step.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or device.
     """
-    check("x", x, shape=(segments.num_tokens, None))
-    wanted = (segments.num_tokens, sum(tables.out_sizes))
+    num_tokens = lora_batch.token_slot.shape[0]
+    check("x", x, shape=(num_tokens, None))
+    wanted = (num_tokens, sum(tables.out_sizes))
     check("out", out, shape=wanted, dtype=x.dtype, device=x.device)
     check("tables.pool", tables.pool, shape=(None,), device=x.device)
     if tables.rank.shape[1] != len(tables.out_sizes):
@@ -35,6 +37,10 @@ def lora_linear_(
             f"tables.rank must have a column for each of the {len(tables.out_sizes)} out_sizes, "
             f"got shape {list(tables.rank.shape)}"
         )
+    if x.device.type != "cpu":
+        gpu().lora_linear_(out, x, tables, lora_batch)
+        return
+    segments = lora_batch.host_segments
     num_slots = tables.rank.shape[0]
     if segments.slot.size and segments.slot.max() >= num_slots:
         raise ValueError(
@@ -47,12 +53,13 @@ def lora_linear_(
     if segments.order is None:
         add_low_rank_(out, x, tables.pool, shrinks, expands, tables.a_transposed)
         return
-    rows = out[segments.order]
-    add_low_rank_(rows, x[segments.order], tables.pool, shrinks, expands, tables.a_transposed)
-    out[segments.order] = rows
+    order = torch.from_numpy(segments.order)
+    rows = out[order]
+    add_low_rank_(rows, x[order], tables.pool, shrinks, expands, tables.a_transposed)
+    out[order] = rows
 
 
-def _products(tables: DenseLoraTables, segments: DenseSegments) -> tuple[Shrinks, Expands] | None:
+def _products(tables: DenseLoraTables, segments: HostSegments) -> tuple[Shrinks, Expands] | None:
     slot = segments.slot
     offset_a, offset_b = on_host(tables.offset_a)[slot], on_host(tables.offset_b)[slot]
     rank = on_host(tables.rank)[slot]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .align import AlignedBatch
 from .host import on_host
+from .host_align import RowBatch
 from .lora_tables import FUSED_GATE_UP, ExpertLoraTables
 from .low_rank import Expands, Shrinks, add_low_rank_
 
 
 def add_gate_up_(
-    h: torch.Tensor, rows: torch.Tensor, batch: AlignedBatch, tables: ExpertLoraTables
+    h: torch.Tensor, rows: torch.Tensor, batch: RowBatch, tables: ExpertLoraTables
 ) -> None:
     """h [rows, 2I] += scale * B (A x) for gate (first I columns) and up; rows [rows, H]."""
     intermediate = h.shape[1] // 2
@@ -45,7 +45,7 @@ def add_gate_up_(
 
 
 def add_down_(
-    y: torch.Tensor, a: torch.Tensor, batch: AlignedBatch, tables: ExpertLoraTables
+    y: torch.Tensor, a: torch.Tensor, batch: RowBatch, tables: ExpertLoraTables
 ) -> None:
     """y [rows, H] += scale * B (A a) for the down projection; a [rows, I]."""
     found = _adapted_segments(batch, tables.offset_a2, tables.offset_b2)
@@ -60,9 +60,9 @@ def add_down_(
     add_low_rank_(y, a, tables.pool, _nonzero(shrinks), _nonzero(expands), a_transposed=True)
 
 
-def _adapted_segments(batch: AlignedBatch, offset_a: torch.Tensor, offset_b: torch.Tensor):
+def _adapted_segments(batch: RowBatch, offset_a: torch.Tensor, offset_b: torch.Tensor):
     """Slot, place in the tables, rows and offsets of the segments that have both factors."""
-    segments = on_host(batch.segments)
+    segments = batch.segments
     if not segments.size:
         return None
     num_slots = offset_a.shape[0]

@@ -1,4 +1,4 @@
-"""The order of `moe_lora_align_block_size` with blocks of one row, planned on the host.
+"""The order of `moe_lora_align_block_size` with rows in place of blocks, planned on the host.
 
 For CPU batches of a few hundred pairs the fixed cost of each torch operation is what counts;
 numpy on the same memory takes a quarter of the time.
@@ -6,19 +6,42 @@ numpy on the same memory takes a quarter of the time.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
 import torch
 
-from .align import AlignedBatch
 from .host import on_host
 from .lora_batch import LoraBatch
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Pairs of one MoE layer, as rows ordered (expert, slot, pair) without padding.
+
+    A pair is the number token * top_k + k. Rows of the base model come first within an expert.
+    """
+
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    sorted_pairs: torch.Tensor  # int32 [rows]
+    expert_first_row: torch.Tensor  # int32 [E + 1], expert e has rows [e] to [e + 1]
+    segments: np.ndarray  # int32 [n, 4]: slot, expert, first row, end row; adapted rows only
+
+    @cached_property
+    def row_token(self) -> torch.Tensor:
+        """int32 [rows]: token of each row."""
+        return self.sorted_pairs // self.top_k
+
 
 _NO_SEGMENTS = np.empty((0, 4), dtype=np.int32)
 
 
 def align_on_host(
     topk_ids: torch.Tensor, lora_batch: LoraBatch | None, num_experts: int
-) -> AlignedBatch:
+) -> RowBatch:
     """Rows ordered (expert, slot, pair) without padding. Arguments are taken as checked.
 
     Raises:
@@ -31,7 +54,7 @@ def align_on_host(
         raise ValueError(f"topk_ids must be below num_experts = {num_experts}, got {ids.max()}")
     ends = counts.cumsum()
     skipped = ends[0]  # pairs of other ranks: they sort first
-    order = None if lora_batch is None else lora_batch.segments.host_order
+    order = None if lora_batch is None else lora_batch.host_segments.order
     if order is None:
         pairs = _stable_order(ids)[skipped:]
     else:
@@ -42,17 +65,13 @@ def align_on_host(
     if lora_batch is not None and pairs.size:
         slot = on_host(lora_batch.token_slot)[pairs // top_k]
         segments = _segments(expert, slot)
-    return AlignedBatch(
+    return RowBatch(
         num_tokens=num_tokens,
         top_k=top_k,
         num_experts=num_experts,
-        block_size=1,
         sorted_pairs=_tensor(pairs, topk_ids),
-        block_expert=_tensor(expert, topk_ids),
         expert_first_row=_tensor(ends - skipped, topk_ids),
-        segments=_tensor(segments, topk_ids),
-        num_blocks=_tensor(np.array([pairs.size]), topk_ids),
-        num_segments=_tensor(np.array([len(segments)]), topk_ids),
+        segments=segments,
     )
 
 

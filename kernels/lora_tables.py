@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .checks import FLOAT_TYPES, check
+
+MAX_RANK = 256  # largest rank of a projection
+
 # Bits of `ExpertLoraTables.layout`.
 FUSED_GATE_UP = 1  # gate and up share one A (PEFT's fused 3D parameters)
 SHARED_A13 = 2  # one gate/up A serves all experts (its offset is repeated)
@@ -39,6 +43,22 @@ class ExpertLoraTables:
     rank: torch.Tensor  # int32 [S, E, 3] gate, up, down; 0 = that projection isn't adapted
     scale: torch.Tensor  # float32 [S, E, 3]
     layout: torch.Tensor  # int32 [S], bits above
+    # What the pool that fills the tables promises of every adapter in them, now and later:
+    max_rank: int = MAX_RANK  # no rank is larger
+    rank_multiple: int = 1  # every rank and every offset is a multiple of this
+
+    def check(self, num_experts: int, device: torch.device) -> None:
+        """Raise ValueError, naming the table, unless shapes and devices fit a rank's experts."""
+        check("tables.pool", self.pool, shape=(None,), dtype=FLOAT_TYPES, device=device)
+        shape = (self.layout.shape[0], num_experts)
+        check("tables.offset_a13", self.offset_a13, shape=shape)
+        check("tables.offset_b13", self.offset_b13, shape=shape)
+        check("tables.offset_a2", self.offset_a2, shape=shape)
+        check("tables.offset_b2", self.offset_b2, shape=shape)
+        check("tables.rank", self.rank, shape=(*shape, 3))
+        check("tables.scale", self.scale, shape=(*shape, 3))
+        check("tables.layout", self.layout, shape=(None,))
+        check_max_rank(self.max_rank)
 
 
 @dataclass
@@ -56,3 +76,10 @@ class DenseLoraTables:
     scale: torch.Tensor  # float32 [S, P]
     out_sizes: tuple[int, ...]  # this rank's output size of each projection
     a_transposed: bool = False
+    max_rank: int = MAX_RANK
+    rank_multiple: int = 1
+
+
+def check_max_rank(max_rank: int) -> None:
+    if not 1 <= max_rank <= MAX_RANK:
+        raise ValueError(f"tables.max_rank must be from 1 to {MAX_RANK}, got {max_rank}")

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from .low_rank import Expands, Shrinks
+from .low_rank_products import Expands, Shrinks
 
 # Largest number of elements gathered at a time (64 MiB in float32): bounds the memory of long
 # prefills over many adapters.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from .backends import backend_for
 from .checks import check
 from .lora_batch import LoraBatch
 from .lora_tables import ExpertLoraTables
+from .moe_weights import ClampedSwiglu, MoeWeights
 from .runner import MoeRunner
-
-_RUNNER = MoeRunner()
 
 
 def fused_moe(
@@ -20,6 +20,10 @@ def fused_moe(
     topk_ids: torch.Tensor,
     lora: ExpertLoraTables | None = None,
     token_slot: LoraBatch | torch.Tensor | None = None,
+    *,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    clamped: ClampedSwiglu | None = None,
 ) -> torch.Tensor:
     """MoE feed-forward with SwiGLU experts and each token's own LoRA adapter.
 
@@ -32,6 +36,9 @@ def fused_moe(
         lora: adapter factors of this layer; None = base model only.
         token_slot: slot of each token: a LoraBatch made once a step, or int32 [T] with -1 = base
             model. None = base model only.
+        w13_bias: [E, 2I], or None.
+        w2_bias: [E, H], or None. Under TP give it to one rank only.
+        clamped: gpt-oss's activation in place of silu(gate) * up.
 
     Returns:
         [T, H] in x's dtype. Under TP or EP, this rank's part of the sum.
@@ -39,13 +46,15 @@ def fused_moe(
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value.
     """
-    check("x", x, shape=(None, None))
-    check("w13", w13, shape=(None, None, x.shape[1]))
-    check("w2", w2, shape=(w13.shape[0], x.shape[1], None))
-    if lora is None:
-        lora_batch = None
-    elif isinstance(token_slot, torch.Tensor):
-        lora_batch = LoraBatch.from_token_slot(token_slot)
-    else:
-        lora_batch = token_slot
-    return _RUNNER(x, w13, w2, topk_weights, topk_ids, lora, lora_batch)
+    weights = MoeWeights(w13, w2, w13_bias, w2_bias, clamped)
+    weights.check(x)
+    check("topk_ids", topk_ids, shape=(x.shape[0], None), device=x.device)
+    check("topk_weights", topk_weights, shape=tuple(topk_ids.shape), device=x.device)
+    lora_batch = None
+    if lora is not None:
+        if isinstance(token_slot, torch.Tensor):
+            lora_batch = LoraBatch.from_token_slot(token_slot)
+        else:
+            lora_batch = token_slot
+    runner = MoeRunner(backend_for(x.device))
+    return runner(x, weights, topk_weights, topk_ids, lora, lora_batch)

@@ -1,0 +1,21 @@
+"""The Triton kernels, for GPUs (and, slowly, for Triton's interpreter on CPUs)."""
+
+from .align import align
+from .fused import FusedBackend
+from .hooked import HookedBackend
+from .lora import lora_linear_
+from .tiles import GemmTile, MoeShape, MoeTiles, ShrinkTile
+
+FUSED = FusedBackend()
+
+__all__ = [
+    "FUSED",
+    "FusedBackend",
+    "GemmTile",
+    "HookedBackend",
+    "MoeShape",
+    "MoeTiles",
+    "ShrinkTile",
+    "align",
+    "lora_linear_",
+]

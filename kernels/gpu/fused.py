@@ -1,0 +1,86 @@
+"""The fast backend: LoRA and SwiGLU inside the grouped GEMMs, routing weights in the second one."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from ..lora_tables import FUSED_GATE_UP, ExpertLoraTables
+from ..moe_weights import MoeWeights
+from ..runner import Hooks
+from .gate_up import gate_up_kernel
+from .hooked import GpuBatch, HookedBackend, combine, grid_size, grouped_gemm
+from .launch import USE_PDL
+from .lora import batch_args, is_aligned, rank_chunk, shrink_down, shrink_gate_up
+
+
+class FusedBackend(HookedBackend):
+    """Four launches a layer, and two more (the shrinks) where tokens have adapters."""
+
+    def first_half(
+        self,
+        x: torch.Tensor,
+        weights: MoeWeights,
+        batch: GpuBatch,
+        lora: ExpertLoraTables | None,
+        hooks: Hooks,
+    ) -> torch.Tensor:
+        if hooks:  # they want to see the products before the activation
+            return super().first_half(x, weights, batch, lora, hooks)
+        rows, tile, clamped = batch.rows, batch.tiles.gate_up, weights.clamped
+        hidden, intermediate = weights.hidden, weights.intermediate
+        a = x.new_empty(rows.max_blocks * rows.block_size, intermediate)
+        tiles_n = triton.cdiv(intermediate, tile.block_n)
+        grid = (grid_size(rows.max_blocks * tiles_n, tile, x.device),)
+        if grid[0] == 0:
+            return a
+        any_pointer = rows.num_blocks
+        tables = (any_pointer,) * 6 + (x, 0, 0)
+        if lora is not None:
+            lora.check(rows.num_experts, x.device)
+            shrunk = shrink_gate_up(x, rows, lora, batch.tiles.shrink_gate_up)
+            tables = (
+                lora.pool, lora.offset_a13, lora.offset_b13, lora.rank, lora.scale, lora.layout,
+                shrunk.s, shrunk.row_stride, shrunk.split_stride,
+            )  # fmt: skip
+        gate_up_kernel[grid](
+            x, weights.w13, x if weights.w13_bias is None else weights.w13_bias, a,
+            *batch_args(rows), *tables[:7],
+            hidden, intermediate, rows.top_k, rows.num_experts, x.stride(0), a.stride(0),
+            *tables[7:],
+            1.0 if clamped is None else clamped.alpha, 1.0 if clamped is None else clamped.limit,
+            FUSED_BIT=FUSED_GATE_UP, LORA=lora is not None,
+            ALIGNED=lora is not None and is_aligned(lora),
+            SPLITS=1 if lora is None else batch.tiles.shrink_gate_up.splits,
+            RC=16 if lora is None else rank_chunk(lora.max_rank),
+            BIAS=weights.w13_bias is not None, CLAMPED=clamped is not None,
+            EVEN=hidden % tile.block_k == 0 and intermediate % tile.block_n == 0,
+            BM=rows.block_size, BN=tile.block_n, BK=tile.block_k, PDL=USE_PDL,
+            num_warps=tile.warps, num_stages=tile.stages, launch_pdl=USE_PDL,
+        )  # fmt: skip
+        return a
+
+    def second_half(
+        self,
+        a: torch.Tensor,
+        weights: MoeWeights,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        batch: GpuBatch,
+        lora: ExpertLoraTables | None,
+        hooks: Hooks,
+    ) -> torch.Tensor:
+        if hooks:
+            return super().second_half(
+                a, weights, topk_weights, topk_ids, batch, lora, hooks
+            )
+        rows = batch.rows
+        shrunk = None
+        if lora is not None and rows.max_blocks:
+            shrunk = shrink_down(a, rows, lora, batch.tiles.shrink_down)
+        y = a.new_empty(rows.num_tokens * rows.top_k, weights.hidden)
+        grouped_gemm(
+            a, weights.w2, weights.w2_bias, y, rows, batch.tiles.down,
+            topk_weights=topk_weights, tables=lora, shrunk=shrunk,
+        )  # fmt: skip
+        return combine(y, topk_ids, rows)

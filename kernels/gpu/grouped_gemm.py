@@ -1,0 +1,90 @@
+"""A grouped GEMM over a batch's blocks, with or without LoRA added in: one tile, one accumulator.
+
+The fused backend's down projection, and every projection of the backend that leaves LoRA to hooks.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .expand import add_expand, segment_rows
+from .launch import pdl_launch_dependents, pdl_wait
+
+
+@triton.jit
+def grouped_gemm_kernel(
+    x, w, bias, weights, out,
+    sorted_pairs, block_expert, block_end, num_blocks,
+    segment_count, segment_slot, segment_first,
+    pool, offset_a, offset_b, ranks, scales, s,
+    inner, columns, top_k, table_columns, x_stride, out_stride, s_stride, split_stride,
+    BY_TOKEN: tl.constexpr, TO_PAIR: tl.constexpr, LORA: tl.constexpr, ALIGNED: tl.constexpr,
+    SPLITS: tl.constexpr, RC: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [rows or pairs, N]; w [E, N, inner].
+
+    BY_TOKEN: x is [T, inner], read by each row's token; else [rows, inner].
+    TO_PAIR: out is [T * K, N], written by pair and multiplied by the pair's routing weight.
+    """
+    if not LORA:
+        pdl_wait(PDL)
+        pdl_launch_dependents(PDL)
+    tiles_n = tl.cdiv(columns, BN)
+    tiles = tl.load(num_blocks, cache_modifier=".cg") * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        block = tile // tiles_n
+        n = tile % tiles_n * BN + tl.arange(0, BN)
+        k_in_tile = tl.arange(0, BK)
+        expert = tl.load(block_expert + block, cache_modifier=".cg").to(tl.int64)
+        end_row = tl.load(block_end + block, cache_modifier=".cg")
+        row = block * BM + tl.arange(0, BM)
+        here = row < end_row
+        source = row
+        if BY_TOKEN:
+            pair = tl.load(sorted_pairs + row, mask=here, other=0, cache_modifier=".cg")
+            source = pair // top_k
+        x_row = x + source.to(tl.int64)[:, None] * x_stride
+        w_row = w + (expert * columns + n)[None, :] * inner
+        acc = tl.zeros([BM, BN], tl.float32)
+        for k0 in range(0, inner, BK):
+            k = k0 + k_in_tile
+            if EVEN:
+                xs = tl.load(x_row + k[None, :], mask=here[:, None], other=0.0)
+                ws = tl.load(w_row + k[:, None])
+            else:
+                inside = here[:, None] & (k < inner)[None, :]
+                xs = tl.load(x_row + k[None, :], mask=inside, other=0.0)
+                inside = (k < inner)[:, None] & (n < columns)[None, :]
+                ws = tl.load(w_row + k[:, None], mask=inside, other=0.0)
+            acc = tl.dot(xs, ws, acc, input_precision="ieee")
+        if LORA:
+            pdl_wait(PDL)
+            count = tl.load(segment_count + block)
+            for nth in range(0, count):
+                first, end = segment_rows(block, nth, count, end_row, segment_first, BM)
+                slot = tl.load(segment_slot + block * BM + nth)
+                entry = slot.to(tl.int64) * table_columns + expert
+                a = tl.load(offset_a + entry)
+                b = tl.load(offset_b + entry)
+                rank = tl.where((a >= 0) & (b >= 0), tl.load(ranks + entry * 3 + 2), 0)
+                scale = tl.load(scales + entry * 3 + 2)
+                mine = (row >= first) & (row < end)
+                acc = add_expand(
+                    acc, s, row, mine, 0, scale, pool, b, rank, n, columns,
+                    s_stride, split_stride, ALIGNED, SPLITS, RC, x.dtype.element_ty,
+                )  # fmt: skip
+        if BIAS:
+            added = tl.load(bias + expert * columns + n, mask=n < columns, other=0.0)
+            acc += added.to(tl.float32)[None, :]
+        target = row
+        if TO_PAIR:
+            target = tl.load(sorted_pairs + row, mask=here, other=0, cache_modifier=".cg")
+            weight = tl.load(weights + target, mask=here, other=0.0).to(tl.float32)
+            acc *= weight[:, None]
+        place = out + target.to(tl.int64)[:, None] * out_stride + n[None, :]
+        tl.store(place, acc.to(out.dtype.element_ty), mask=here[:, None] & (n < columns)[None, :])
+    if LORA:
+        pdl_wait(PDL)  # also programs that found no tile
+        pdl_launch_dependents(PDL)

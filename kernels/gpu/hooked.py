@@ -1,0 +1,214 @@
+"""A Triton backend of plain stages: base products without LoRA, which acts between them.
+
+What the fused backend is measured against, and what it falls back to where hooks need to see the
+intermediate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..aligned import AlignedBatch
+from ..checks import check_token_slot, check_topk_ids
+from ..lora_batch import LoraBatch
+from ..lora_tables import ExpertLoraTables
+from ..moe_weights import MoeWeights
+from ..runner import MoeBackend
+from .align import align
+from .combine import combine_kernel, invert_kernel
+from .gate_up import swiglu
+from .grouped_gemm import grouped_gemm_kernel
+from .launch import USE_PDL, next_power_of_2, pdl_launch_dependents, pdl_wait
+from .lora import (
+    batch_args,
+    expand_down_,
+    expand_gate_up_,
+    is_aligned,
+    rank_chunk,
+    shrink_down,
+    shrink_gate_up,
+)
+from .tiles import GemmTile, MoeShape, MoeTiles, choose, device_name
+
+
+@dataclass(frozen=True)
+class GpuBatch:
+    """Rows of one layer, and the tiles that fit them."""
+
+    rows: AlignedBatch
+    tiles: MoeTiles
+
+
+@dataclass(frozen=True)
+class HookedBackend(MoeBackend):
+    """Plain stages on a GPU. `tiles` overrides the tables and the heuristic."""
+
+    tiles: MoeTiles | None = None
+
+    def align(
+        self, topk_ids: torch.Tensor, lora_batch: LoraBatch | None, weights: MoeWeights
+    ) -> GpuBatch:
+        check_topk_ids(topk_ids, weights.num_experts)
+        num_tokens, top_k = topk_ids.shape
+        if lora_batch is not None:
+            check_token_slot(lora_batch.token_slot, num_tokens, topk_ids.device)
+        tiles = self.tiles
+        if tiles is None:
+            shape = MoeShape(
+                weights.hidden, weights.intermediate, weights.num_experts, top_k, weights.w13.dtype
+            )
+            device = device_name(topk_ids.device)
+            tiles = choose(shape, num_tokens, device, lora_batch is not None)
+        rows = align(topk_ids, lora_batch, tiles.block_m, weights.num_experts)
+        return GpuBatch(rows, tiles)
+
+    def gate_up(self, x: torch.Tensor, weights: MoeWeights, batch: GpuBatch) -> torch.Tensor:
+        rows = batch.rows
+        h = x.new_empty(rows.max_blocks * rows.block_size, weights.w13.shape[1])
+        tile = batch.tiles.gate_up
+        grouped_gemm(x, weights.w13, weights.w13_bias, h, rows, tile, by_token=True)
+        return h
+
+    def lora_gate_up_(
+        self, h: torch.Tensor, x: torch.Tensor, batch: GpuBatch, tables: ExpertLoraTables
+    ) -> None:
+        tables.check(batch.rows.num_experts, x.device)
+        shrunk = shrink_gate_up(x, batch.rows, tables, batch.tiles.shrink_gate_up)
+        expand_gate_up_(h, shrunk, batch.rows, tables)
+
+    def activate(self, h: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
+        rows, columns = h.shape
+        a = h.new_empty(rows, columns // 2)
+        clamped = weights.clamped
+        if rows:
+            block = min(1024, next_power_of_2(columns // 2))
+            grid = (rows, triton.cdiv(columns // 2, block))
+            _activate_kernel[grid](
+                h, a, columns // 2, h.stride(0), a.stride(0),
+                1.0 if clamped is None else clamped.alpha,
+                1.0 if clamped is None else clamped.limit,
+                CLAMPED=clamped is not None, BLOCK=block, PDL=USE_PDL, launch_pdl=USE_PDL,
+            )  # fmt: skip
+        return a
+
+    def down(self, a: torch.Tensor, weights: MoeWeights, batch: GpuBatch) -> torch.Tensor:
+        y = a.new_empty(a.shape[0], weights.hidden)
+        grouped_gemm(a, weights.w2, weights.w2_bias, y, batch.rows, batch.tiles.down)
+        return y
+
+    def lora_down_(
+        self, y: torch.Tensor, a: torch.Tensor, batch: GpuBatch, tables: ExpertLoraTables
+    ) -> None:
+        tables.check(batch.rows.num_experts, a.device)
+        shrunk = shrink_down(a, batch.rows, tables, batch.tiles.shrink_down)
+        expand_down_(y, shrunk, batch.rows, tables)
+
+    def combine(
+        self,
+        y: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        batch: GpuBatch,
+    ) -> torch.Tensor:
+        rows = batch.rows
+        row_of_pair = torch.empty(
+            rows.num_tokens * rows.top_k, dtype=torch.int32, device=topk_ids.device
+        )
+        if rows.max_blocks:
+            invert_kernel[(rows.max_blocks,)](
+                rows.sorted_pairs, rows.block_end, rows.num_blocks, row_of_pair,
+                BM=rows.block_size, PDL=USE_PDL, launch_pdl=USE_PDL,
+            )  # fmt: skip
+        return combine(y, topk_ids, rows, row_of_pair, topk_weights)
+
+
+def grouped_gemm(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    rows: AlignedBatch,
+    tile: GemmTile,
+    *,
+    by_token: bool = False,
+    topk_weights: torch.Tensor | None = None,
+    tables: ExpertLoraTables | None = None,
+    shrunk=None,
+) -> None:
+    """out = x W^T by expert; with `shrunk`, the down projection's LoRA is added in.
+
+    With topk_weights [T, K], out is [T * K, N], written by pair and weighted.
+    """
+    num_experts, columns, inner = w.shape
+    tiles_n = triton.cdiv(columns, tile.block_n)
+    grid = (grid_size(rows.max_blocks * tiles_n, tile, x.device),)
+    if grid[0] == 0:
+        return
+    any_pointer = rows.num_blocks
+    lora = (any_pointer,) * 5 + (x,) if tables is None else (
+        tables.pool, tables.offset_a2, tables.offset_b2, tables.rank, tables.scale, shrunk.s
+    )  # fmt: skip
+    grouped_gemm_kernel[grid](
+        x, w, x if bias is None else bias, x if topk_weights is None else topk_weights, out,
+        *batch_args(rows), *lora,
+        inner, columns, rows.top_k, num_experts, x.stride(0), out.stride(0),
+        *((0, 0) if shrunk is None else (shrunk.row_stride, shrunk.split_stride)),
+        BY_TOKEN=by_token, TO_PAIR=topk_weights is not None, LORA=tables is not None,
+        ALIGNED=tables is not None and is_aligned(tables),
+        SPLITS=1 if shrunk is None else shrunk.splits,
+        RC=16 if tables is None else rank_chunk(tables.max_rank), BIAS=bias is not None,
+        EVEN=inner % tile.block_k == 0 and columns % tile.block_n == 0,
+        BM=rows.block_size, BN=tile.block_n, BK=tile.block_k, PDL=USE_PDL,
+        num_warps=tile.warps, num_stages=tile.stages, launch_pdl=USE_PDL,
+    )  # fmt: skip
+
+
+def combine(
+    y: torch.Tensor,
+    topk_ids: torch.Tensor,
+    rows: AlignedBatch,
+    row_of_pair: torch.Tensor | None = None,
+    topk_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sum of each token's pairs, [T, H]; y by pair, or by row with `row_of_pair` and weights."""
+    hidden = y.shape[1]
+    out = y.new_empty(rows.num_tokens, hidden)
+    if out.numel() == 0:
+        return out
+    block = min(512 if rows.num_tokens <= 512 else 1024, next_power_of_2(hidden))
+    combine_kernel[(rows.num_tokens, triton.cdiv(hidden, block))](
+        y, topk_ids, topk_ids if row_of_pair is None else row_of_pair,
+        y if topk_weights is None else topk_weights, out,
+        hidden, rows.top_k, rows.num_experts, y.stride(0), out.stride(0),
+        BY_ROW=row_of_pair is not None, KP=next_power_of_2(rows.top_k), BH=block, PDL=USE_PDL,
+        num_warps=4, launch_pdl=USE_PDL,
+    )  # fmt: skip
+    return out
+
+
+def grid_size(tiles: int, tile: GemmTile, device: torch.device) -> int:
+    """Programs of a grouped GEMM of at most `tiles` tiles."""
+    if tile.persistent == 0 or device.type != "cuda":
+        return tiles
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(tiles, tile.persistent * processors)
+
+
+@triton.jit
+def _activate_kernel(
+    h, a, columns, h_stride, a_stride, alpha, limit,
+    CLAMPED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    pdl_wait(PDL)
+    pdl_launch_dependents(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    gate = tl.load(h + row * h_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(h + row * h_stride + columns + column, mask=inside, other=0.0).to(tl.float32)
+    value = swiglu(gate, up, alpha, limit, CLAMPED)
+    tl.store(a + row * a_stride + column, value.to(a.dtype.element_ty), mask=inside)

@@ -1,0 +1,139 @@
+"""Tile sizes: measured ones where a table has them, a heuristic elsewhere.
+
+A table is a JSON file named by GPU and layer shape, written by `python -m loraplex.kernels.gpu.tune`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent / "tile_tables"
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """One grouped GEMM's tile: columns, inner step, warps, pipeline stages."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    # Programs per multiprocessor that walk the tiles; 0 = one program a tile.
+    persistent: int = 0
+
+
+@dataclass(frozen=True)
+class ShrinkTile:
+    """How a shrink is cut: segments of a block over `groups` programs, rows, inner dimension."""
+
+    groups: int
+    rows: int
+    block_k: int
+    splits: int
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class MoeTiles:
+    """Tiles of one MoE layer's kernels at one number of tokens."""
+
+    block_m: int
+    gate_up: GemmTile
+    down: GemmTile
+    shrink_gate_up: ShrinkTile
+    shrink_down: ShrinkTile
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    hidden: int
+    intermediate: int
+    num_experts: int
+    top_k: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"H{self.hidden}_I{self.intermediate}_E{self.num_experts}_K{self.top_k}_{dtype}"
+        )
+
+
+def heuristic(shape: MoeShape, num_tokens: int) -> MoeTiles:
+    """Tiles from the mean number of rows per expert: small ones stream weights, large ones reuse
+    them."""
+    rows = num_tokens * shape.top_k / shape.num_experts
+    if shape.dtype == torch.float32:
+        block_m = 16 if rows <= 16 else 32
+        gemm = GemmTile(32, 32, 4, 2)
+        shrink = ShrinkTile(2, 16, 32, 1, 4, 2)
+        return MoeTiles(block_m, gemm, gemm, shrink, shrink)
+    few = num_tokens <= 16
+    shrink_gate_up = ShrinkTile(4, 16, 128, 4 if few else 1)
+    shrink_down = ShrinkTile(4, 16, 128, 2 if few else 1)
+    if rows <= 24:
+        wide = GemmTile(32 if few else 64, 128, 4, 3)
+        return MoeTiles(16, wide, GemmTile(64, 128, 4, 3), shrink_gate_up, shrink_down)
+    if rows <= 48:
+        return MoeTiles(
+            32, GemmTile(64, 64, 4, 4), GemmTile(128, 64, 4, 4), shrink_gate_up, shrink_down
+        )
+    shrink = ShrinkTile(2, 32, 64, 1)
+    if rows <= 160:
+        return MoeTiles(64, GemmTile(64, 64, 4, 4), GemmTile(128, 64, 4, 4), shrink, shrink)
+    shrink = ShrinkTile(2, 64, 64, 1)
+    return MoeTiles(128, GemmTile(128, 64, 8, 3), GemmTile(256, 64, 8, 3), shrink, shrink)
+
+
+@lru_cache(maxsize=4096)
+def choose(shape: MoeShape, num_tokens: int, device: str, lora: bool) -> MoeTiles:
+    """Tiles for a layer: the table's entry for the nearest measured number of tokens."""
+    table = _table(device, shape)
+    entries = table.get("lora" if lora else "base") if table else None
+    if not entries:
+        return heuristic(shape, num_tokens)
+    nearest = min(entries, key=lambda tokens: (abs(_log(tokens) - _log(num_tokens)), tokens))
+    return entries[nearest]
+
+
+def _log(tokens: int) -> float:
+    return torch.log2(torch.tensor(float(max(tokens, 1)))).item()
+
+
+@lru_cache(maxsize=256)
+def _table(device: str, shape: MoeShape) -> dict[str, dict[int, MoeTiles]] | None:
+    path = FOLDER / device.replace(" ", "_") / f"{shape.name}.json"
+    if not path.is_file():
+        return None
+    read = json.loads(path.read_text())
+    return {
+        kind: {int(tokens): from_json(entry) for tokens, entry in read.get(kind, {}).items()}
+        for kind in ("base", "lora")
+    }
+
+
+def from_json(entry: dict) -> MoeTiles:
+    return MoeTiles(
+        entry["block_m"],
+        GemmTile(**entry["gate_up"]),
+        GemmTile(**entry["down"]),
+        ShrinkTile(**entry["shrink_gate_up"]),
+        ShrinkTile(**entry["shrink_down"]),
+    )
+
+
+def to_json(tiles: MoeTiles) -> dict:
+    return asdict(tiles)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "interpreter"
+    return torch.cuda.get_device_name(device)

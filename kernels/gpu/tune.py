@@ -1,0 +1,275 @@
+"""Find the fastest tiles of a layer shape on this GPU: python -m loraplex.kernels.gpu.tune --help
+
+Coordinate descent over the whole layer's time in a CUDA graph: block size and the two products'
+tiles on the base model, then again with adapters, and the shrinks' tiles. Candidates are compiled
+beforehand by a process per core, into Triton's disk cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from ..lora_batch import LoraBatch
+from ..lora_tables import ExpertLoraTables
+from ..moe_weights import MoeWeights
+from ..runner import MoeRunner
+from . import tiles as tile_tables
+from .fused import FusedBackend
+from .tiles import GemmTile, MoeShape, MoeTiles, ShrinkTile
+
+# Layers of published models: hidden, intermediate (of a rank), experts, top-k.
+SHAPES = {
+    "qwen3-30b": (2048, 768, 128, 8),
+    "olmoe": (2048, 1024, 64, 8),
+    "mixtral-8x7b": (4096, 14336, 8, 2),
+    "qwen3-235b-tp4": (4096, 384, 128, 8),
+    "qwen3-235b-tp8": (4096, 192, 128, 8),
+    "deepseek-v2-lite": (2048, 1408, 64, 6),
+}
+TOKENS = (1, 8, 32, 64, 256, 1024, 8192)
+RANK = 16
+ROUTINGS = 4  # of a few tokens, so that their weights don't stay in the cache
+
+
+def _gemm_tiles(block_m: int) -> list[GemmTile]:
+    if block_m <= 32:
+        return [
+            GemmTile(n, k, warps, stages)
+            for n, k, warps, stages in (
+                (16, 128, 4, 4), (16, 256, 4, 3), (32, 64, 4, 5), (32, 128, 4, 3), (32, 128, 4, 4),
+                (32, 128, 2, 4), (32, 256, 4, 3), (64, 64, 4, 4), (64, 64, 4, 6), (64, 128, 4, 3),
+                (64, 128, 4, 4), (64, 128, 8, 3), (128, 64, 4, 4), (128, 64, 8, 4),
+            )
+        ]  # fmt: skip
+    return [
+        GemmTile(n, k, warps, stages, persistent)
+        for n, k, warps, stages, persistent in (
+            (64, 64, 4, 4, 0), (64, 64, 8, 4, 0), (128, 64, 4, 3, 0), (128, 64, 4, 4, 0),
+            (128, 64, 8, 3, 0), (128, 64, 8, 4, 0), (256, 64, 8, 3, 0), (256, 64, 8, 4, 0),
+            (128, 32, 8, 4, 0), (128, 64, 8, 3, 1), (128, 64, 8, 4, 1), (256, 64, 8, 3, 1),
+        )
+    ]  # fmt: skip
+
+
+def _shrink_tiles(block_m: int) -> list[ShrinkTile]:
+    if block_m <= 32:
+        return [
+            ShrinkTile(groups, 16, k, splits, warps)
+            for groups, k, splits, warps in (
+                (1, 128, 1, 4), (2, 128, 1, 4), (4, 128, 1, 4), (8, 128, 1, 4), (4, 256, 1, 4),
+                (4, 128, 2, 4), (4, 128, 4, 4), (4, 64, 2, 2), (2, 128, 4, 4), (4, 128, 8, 4),
+            )
+        ]  # fmt: skip
+    return [
+        ShrinkTile(groups, rows, k, 1, warps)
+        for groups, rows, k, warps in (
+            (1, 16, 128, 4), (2, 16, 128, 4), (4, 16, 128, 4), (1, 32, 128, 4), (2, 32, 64, 4),
+            (1, 64, 64, 4), (2, 64, 64, 4), (1, 128, 64, 4), (1, 128, 64, 8), (4, 16, 256, 4),
+        )
+    ]  # fmt: skip
+
+
+def _block_sizes(shape: MoeShape, num_tokens: int) -> list[int]:
+    rows = num_tokens * shape.top_k / shape.num_experts
+    if rows <= 8:
+        return [16]
+    if rows <= 32:
+        return [16, 32, 64]
+    return [64, 128]
+
+
+@dataclass
+class Problem:
+    """Random inputs of one layer shape on this GPU."""
+
+    shape: MoeShape
+    slots: int
+
+    def __post_init__(self) -> None:
+        s = self.shape
+        torch.manual_seed(0)
+        device = torch.device("cuda")
+        w13 = torch.empty(s.num_experts, 2 * s.intermediate, s.hidden, dtype=s.dtype, device=device)
+        w2 = torch.empty(s.num_experts, s.hidden, s.intermediate, dtype=s.dtype, device=device)
+        self.weights = MoeWeights(w13.normal_(std=0.02), w2.normal_(std=0.02))
+        self.tables = random_tables(s, self.slots, RANK)
+
+    def calls(self, num_tokens: int, adapters: int) -> list[tuple]:
+        """Arguments of the runner: x, routing, and adapters' tables and batch where there are."""
+        s, calls = self.shape, []
+        for _ in range(ROUTINGS if num_tokens <= 64 else 1):
+            x = torch.randn(num_tokens, s.hidden, dtype=s.dtype, device="cuda")
+            logits = torch.randn(num_tokens, s.num_experts, device="cuda")
+            topk_weights, ids = logits.softmax(1).topk(s.top_k)
+            lora: tuple = (None, None)
+            if adapters:
+                slot = torch.arange(num_tokens, device="cuda") * adapters // num_tokens
+                lora = (self.tables, LoraBatch.from_token_slot(slot.int(), ordered=True))
+            calls.append((x, self.weights, topk_weights, ids.int(), *lora))
+        return calls
+
+
+def random_tables(shape: MoeShape, slots: int, rank: int) -> ExpertLoraTables:
+    """Adapters of one rank on all experts, their blocks in random order in the pool."""
+    hidden, inter, experts = shape.hidden, shape.intermediate, shape.num_experts
+    sizes = torch.tensor([2 * rank * hidden, 2 * inter * rank, inter * rank, hidden * rank])
+    block = int(sizes.sum())
+    place = torch.randperm(slots * experts).view(slots, experts) * block
+    starts = sizes.cumsum(0) - sizes
+    offsets = [(place + int(start)).cuda() for start in starts]
+    pool = torch.empty(slots * experts * block, dtype=shape.dtype, device="cuda").normal_(std=0.05)
+    shape3 = (slots, experts, 3)
+    return ExpertLoraTables(
+        pool,
+        *offsets,
+        rank=torch.full(shape3, rank, dtype=torch.int32, device="cuda"),
+        scale=torch.ones(shape3, device="cuda"),
+        layout=torch.zeros(slots, dtype=torch.int32, device="cuda"),
+        max_rank=rank,
+        rank_multiple=8,
+    )
+
+
+def layer_us(tiles: MoeTiles, calls: list[tuple], budget_ms: float = 25) -> float:
+    """Median time of a layer call in a CUDA graph of all `calls`."""
+    runner = MoeRunner(FusedBackend(tiles))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            runner(*call)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                runner(*call)
+    times: list[float] = []
+    graph.replay()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    while len(times) < 5 or (time.perf_counter() - begin) * 1e3 < budget_ms:
+        start, end = torch.cuda.Event(True), torch.cuda.Event(True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def _try(tiles: MoeTiles, calls: list[tuple], say: str = "") -> float:
+    """`layer_us`; infinite for tiles that this GPU has not enough shared memory for."""
+    try:
+        us = layer_us(tiles, calls)
+    except Exception as error:
+        if "out of resource" not in str(error):
+            raise
+        us = float("inf")
+    if say:
+        print(f"    {say} {us:9.1f}", flush=True)
+    return us
+
+
+def tune(problem: Problem, num_tokens: int, adapters: int, verbose: bool) -> tuple[MoeTiles, float]:
+    """The best tiles found for a number of tokens, and their time."""
+    calls = problem.calls(num_tokens, adapters)
+    overall: tuple[MoeTiles, float] | None = None
+    for block_m in _block_sizes(problem.shape, num_tokens):
+        gemms, shrinks = _gemm_tiles(block_m), _shrink_tiles(block_m)
+        best = replace(
+            tile_tables.heuristic(problem.shape, num_tokens), block_m=block_m,
+            gate_up=gemms[3], down=gemms[3], shrink_gate_up=shrinks[2], shrink_down=shrinks[2],
+        )  # fmt: skip
+        best_us = _try(best, calls)
+        fields = {"gate_up": gemms, "down": gemms}
+        if adapters:
+            fields |= {"shrink_gate_up": shrinks, "shrink_down": shrinks}
+        for name, candidates in fields.items():
+            for candidate in candidates:
+                tiles = replace(best, **{name: candidate})
+                say = f"T={num_tokens} a={adapters} bm={block_m} {name} {candidate}"
+                us = _try(tiles, calls, say if verbose else "")
+                if us < best_us:
+                    best, best_us = tiles, us
+        print(f"  T={num_tokens} adapters={adapters} block_m={block_m}: {best_us:.1f} us", flush=True)
+        if overall is None or best_us < overall[1]:
+            overall = best, best_us
+    assert overall is not None
+    return overall
+
+
+def _compile(job: tuple[MoeShape, list[tuple[int, int, MoeTiles]]]) -> None:
+    """Run each candidate once, which leaves it in Triton's disk cache."""
+    shape, candidates = job
+    problem = Problem(replace(shape), 2)
+    for num_tokens, adapters, tiles in candidates:
+        call = problem.calls(num_tokens, adapters)[0]
+        try:
+            MoeRunner(FusedBackend(tiles))(*call)
+        except Exception as error:
+            if "out of resource" not in str(error):
+                raise
+
+
+def precompile(shape: MoeShape, tokens: list[int], processes: int) -> None:
+    """Compile every candidate, in parallel."""
+    seen, candidates = set(), []
+    for num_tokens in tokens:
+        for block_m in _block_sizes(shape, num_tokens):
+            gemms, shrinks = _gemm_tiles(block_m), _shrink_tiles(block_m)
+            for nth in range(max(len(gemms), len(shrinks))):
+                gemm, shrink = gemms[nth % len(gemms)], shrinks[nth % len(shrinks)]
+                # The expand depends on the shrink's splits, so these vary too.
+                for adapters in (0, 1):
+                    key = (block_m, gemm, shrink if adapters else None, adapters)
+                    if key not in seen:
+                        seen.add(key)
+                        tiles = MoeTiles(block_m, gemm, gemm, shrink, shrink)
+                        candidates.append((num_tokens, adapters, tiles))
+    jobs = [(shape, candidates[i::processes]) for i in range(processes)]
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        list(pool.map(_compile, jobs))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", nargs="+", default=["qwen3-30b"], choices=[*SHAPES, "all"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--adapters", type=int, default=8, help="adapters of the tuned LoRA batch")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    parser.add_argument("--out", type=Path, default=tile_tables.FOLDER)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--verbose", action="store_true")
+    args = parser.parse_args()
+    names = list(SHAPES) if "all" in args.shapes else args.shapes
+    for name in names:
+        shape = MoeShape(*SHAPES[name], getattr(torch, args.dtype))
+        begin = time.perf_counter()
+        precompile(shape, args.tokens, args.processes)
+        print(f"{name}: compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+        problem = Problem(shape, args.adapters)
+        found: dict = {"base": {}, "lora": {}}
+        for num_tokens in args.tokens:
+            for kind, adapters in (("base", 0), ("lora", min(args.adapters, num_tokens))):
+                tiles, us = tune(problem, num_tokens, adapters, args.verbose)
+                found[kind][str(num_tokens)] = tile_tables.to_json(tiles)
+                print(f"{name} T={num_tokens} {kind}: {us:.1f} us {tiles}", flush=True)
+        device = tile_tables.device_name(torch.device("cuda")).replace(" ", "_")
+        path = args.out / device / f"{shape.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{name}: {time.perf_counter() - begin:.0f} s, written to {path}", flush=True)
+        del problem
+
+
+if __name__ == "__main__":
+    main()
