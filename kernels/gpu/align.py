@@ -18,7 +18,7 @@ from .launch import USE_PDL, next_power_of_2, pdl_launch_dependents, pdl_wait
 # Up to this many pairs one launch, in which every expert's program reads all ids, is faster than
 # the four launches of a chunked counting sort.
 ONE_LAUNCH_PAIRS = 4096
-CHUNK_PAIRS = 512  # pairs that one program of the chunked sort counts and scatters
+CHUNK_PAIRS = 256  # pairs that one program of the chunked sort counts and scatters
 
 
 def align(
@@ -271,8 +271,8 @@ def _scatter_kernel(
     pair, found = _load_ids(ids, order, place, pairs, top_k, num_experts, ORDERED)
     row = tl.gather(first, tl.maximum(found, 0), 0)
     # Earlier pairs of the chunk with the same expert.
-    for other in range(0, CHUNK, 32):
-        column_nth = other + tl.arange(0, 32)
+    for other in range(0, CHUNK, 64):
+        column_nth = other + tl.arange(0, 64)
         column_place = chunk * CHUNK + column_nth
         _, column_found = _load_ids(
             ids, order, column_place, pairs, top_k, num_experts, ORDERED

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 import triton
 
-from ..lora_tables import FUSED_GATE_UP, ExpertLoraTables
+from ..lora_tables import ExpertLoraTables
 from ..moe_weights import MoeWeights
 from ..runner import Hooks
 from .gate_up import gate_up_kernel
 from .hooked import GpuBatch, HookedBackend, combine, grid_size, grouped_gemm
 from .launch import USE_PDL
-from .lora import batch_args, is_aligned, rank_chunk, shrink_down, shrink_gate_up
+from .lora import batch_args, expand_args, expand_flags, shrink_down, shrink_gate_up
 
 
 class FusedBackend(HookedBackend):
@@ -34,26 +34,18 @@ class FusedBackend(HookedBackend):
         grid = (grid_size(rows.max_blocks * tiles_n, tile, x.device),)
         if grid[0] == 0:
             return a
-        any_pointer = rows.num_blocks
-        tables = (any_pointer,) * 6 + (x, 0, 0)
+        shrunk = None
         if lora is not None:
             lora.check(rows.num_experts, x.device)
-            shrunk = shrink_gate_up(x, rows, lora, batch.tiles.shrink_gate_up)
-            tables = (
-                lora.pool, lora.offset_a13, lora.offset_b13, lora.rank, lora.scale, lora.layout,
-                shrunk.s, shrunk.row_stride, shrunk.split_stride,
-            )  # fmt: skip
+            shrunk = shrink_gate_up(x, intermediate, rows, lora, batch.tiles.shrink_gate_up)
         gate_up_kernel[grid](
             x, weights.w13, x if weights.w13_bias is None else weights.w13_bias, a,
-            *batch_args(rows), *tables[:7],
-            hidden, intermediate, rows.top_k, rows.num_experts, x.stride(0), a.stride(0),
-            *tables[7:],
+            *batch_args(rows), *expand_args(shrunk, rows.num_blocks),
+            0 if shrunk is None else shrunk.part_stride,
+            hidden, intermediate, rows.top_k, x.stride(0), a.stride(0),
             1.0 if clamped is None else clamped.alpha, 1.0 if clamped is None else clamped.limit,
-            FUSED_BIT=FUSED_GATE_UP, LORA=lora is not None,
-            ALIGNED=lora is not None and is_aligned(lora),
-            SPLITS=1 if lora is None else batch.tiles.shrink_gate_up.splits,
-            RC=16 if lora is None else rank_chunk(lora.max_rank),
-            BIAS=weights.w13_bias is not None, CLAMPED=clamped is not None,
+            **expand_flags(shrunk, tile.expand_k), BIAS=weights.w13_bias is not None,
+            CLAMPED=clamped is not None,
             EVEN=hidden % tile.block_k == 0 and intermediate % tile.block_n == 0,
             BM=rows.block_size, BN=tile.block_n, BK=tile.block_k, PDL=USE_PDL,
             num_warps=tile.warps, num_stages=tile.stages, launch_pdl=USE_PDL,
@@ -81,6 +73,6 @@ class FusedBackend(HookedBackend):
         y = a.new_empty(rows.num_tokens * rows.top_k, weights.hidden)
         grouped_gemm(
             a, weights.w2, weights.w2_bias, y, rows, batch.tiles.down,
-            topk_weights=topk_weights, tables=lora, shrunk=shrunk,
+            topk_weights=topk_weights, shrunk=shrunk,
         )  # fmt: skip
         return combine(y, topk_ids, rows)

@@ -8,19 +8,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .expand import add_expand, segment_rows
+from .expand import add_groups
 from .launch import pdl_launch_dependents, pdl_wait
+from .shrink import GROUP
 
 
 @triton.jit
 def grouped_gemm_kernel(
     x, w, bias, weights, out,
     sorted_pairs, block_expert, block_end, num_blocks,
-    segment_count, segment_slot, segment_first,
-    pool, offset_a, offset_b, ranks, scales, s,
-    inner, columns, top_k, table_columns, x_stride, out_stride, s_stride, split_stride,
+    pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end, list_length,
+    s_stride, split_stride,
+    inner, columns, top_k, x_stride, out_stride,
     BY_TOKEN: tl.constexpr, TO_PAIR: tl.constexpr, LORA: tl.constexpr, ALIGNED: tl.constexpr,
-    SPLITS: tl.constexpr, RC: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
+    SPLITS: tl.constexpr, EK: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [rows or pairs, N]; w [E, N, inner].
@@ -61,19 +62,13 @@ def grouped_gemm_kernel(
             acc = tl.dot(xs, ws, acc, input_precision="ieee")
         if LORA:
             pdl_wait(PDL)
-            count = tl.load(segment_count + block)
-            for nth in range(0, count):
-                first, end = segment_rows(block, nth, count, end_row, segment_first, BM)
-                slot = tl.load(segment_slot + block * BM + nth)
-                entry = slot.to(tl.int64) * table_columns + expert
-                a = tl.load(offset_a + entry)
-                b = tl.load(offset_b + entry)
-                rank = tl.where((a >= 0) & (b >= 0), tl.load(ranks + entry * 3 + 2), 0)
-                scale = tl.load(scales + entry * 3 + 2)
-                mine = (row >= first) & (row < end)
-                acc = add_expand(
-                    acc, s, row, mine, 0, scale, pool, b, rank, n, columns,
-                    s_stride, split_stride, ALIGNED, SPLITS, RC, x.dtype.element_ty,
+            groups = tl.load(group_count + block)
+            for group in range(0, groups, EK // GROUP):
+                acc = add_groups(
+                    acc, s, row, block, groups, group, 0,
+                    group_b, group_rank, group_nth, group_first, group_end, list_length,
+                    pool, n, columns, s_stride, split_stride, ALIGNED, SPLITS, EK,
+                    x.dtype.element_ty,
                 )  # fmt: skip
         if BIAS:
             added = tl.load(bias + expert * columns + n, mask=n < columns, other=0.0)

@@ -24,11 +24,11 @@ from .gate_up import swiglu
 from .grouped_gemm import grouped_gemm_kernel
 from .launch import USE_PDL, next_power_of_2, pdl_launch_dependents, pdl_wait
 from .lora import (
+    Shrunk,
     batch_args,
-    expand_down_,
-    expand_gate_up_,
-    is_aligned,
-    rank_chunk,
+    expand_,
+    expand_args,
+    expand_flags,
     shrink_down,
     shrink_gate_up,
 )
@@ -77,8 +77,9 @@ class HookedBackend(MoeBackend):
         self, h: torch.Tensor, x: torch.Tensor, batch: GpuBatch, tables: ExpertLoraTables
     ) -> None:
         tables.check(batch.rows.num_experts, x.device)
-        shrunk = shrink_gate_up(x, batch.rows, tables, batch.tiles.shrink_gate_up)
-        expand_gate_up_(h, shrunk, batch.rows, tables)
+        half = h.shape[1] // 2
+        shrunk = shrink_gate_up(x, half, batch.rows, tables, batch.tiles.shrink_gate_up)
+        expand_(h, shrunk, batch.rows, (half, half), by_token=False)
 
     def activate(self, h: torch.Tensor, weights: MoeWeights) -> torch.Tensor:
         rows, columns = h.shape
@@ -105,7 +106,7 @@ class HookedBackend(MoeBackend):
     ) -> None:
         tables.check(batch.rows.num_experts, a.device)
         shrunk = shrink_down(a, batch.rows, tables, batch.tiles.shrink_down)
-        expand_down_(y, shrunk, batch.rows, tables)
+        expand_(y, shrunk, batch.rows, (y.shape[1],), by_token=False)
 
     def combine(
         self,
@@ -136,8 +137,7 @@ def grouped_gemm(
     *,
     by_token: bool = False,
     topk_weights: torch.Tensor | None = None,
-    tables: ExpertLoraTables | None = None,
-    shrunk=None,
+    shrunk: Shrunk | None = None,
 ) -> None:
     """out = x W^T by expert; with `shrunk`, the down projection's LoRA is added in.
 
@@ -148,20 +148,12 @@ def grouped_gemm(
     grid = (grid_size(rows.max_blocks * tiles_n, tile, x.device),)
     if grid[0] == 0:
         return
-    any_pointer = rows.num_blocks
-    lora = (any_pointer,) * 5 + (x,) if tables is None else (
-        tables.pool, tables.offset_a2, tables.offset_b2, tables.rank, tables.scale, shrunk.s
-    )  # fmt: skip
     grouped_gemm_kernel[grid](
         x, w, x if bias is None else bias, x if topk_weights is None else topk_weights, out,
-        *batch_args(rows), *lora,
-        inner, columns, rows.top_k, num_experts, x.stride(0), out.stride(0),
-        *((0, 0) if shrunk is None else (shrunk.row_stride, shrunk.split_stride)),
-        BY_TOKEN=by_token, TO_PAIR=topk_weights is not None, LORA=tables is not None,
-        ALIGNED=tables is not None and is_aligned(tables),
-        SPLITS=1 if shrunk is None else shrunk.splits,
-        RC=16 if tables is None else rank_chunk(tables.max_rank), BIAS=bias is not None,
-        EVEN=inner % tile.block_k == 0 and columns % tile.block_n == 0,
+        *batch_args(rows), *expand_args(shrunk, rows.num_blocks),
+        inner, columns, rows.top_k, x.stride(0), out.stride(0),
+        BY_TOKEN=by_token, TO_PAIR=topk_weights is not None, **expand_flags(shrunk, tile.expand_k),
+        BIAS=bias is not None, EVEN=inner % tile.block_k == 0 and columns % tile.block_n == 0,
         BM=rows.block_size, BN=tile.block_n, BK=tile.block_k, PDL=USE_PDL,
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=USE_PDL,
     )  # fmt: skip

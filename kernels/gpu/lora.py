@@ -27,110 +27,116 @@ TRITON_TYPES = {
 
 @dataclass(frozen=True)
 class Shrunk:
-    """s of every adapted row: float32 [splits, rows, columns], parts of one sum; unscaled."""
+    """s of every adapted row, and for each block and part (gate, up; or a dense projection) the
+    list of B's groups of ranks that it is to be multiplied with."""
 
-    s: torch.Tensor
-    column_stride: int  # columns from one dense projection to the next
+    pool: torch.Tensor
+    s: torch.Tensor  # [splits, rows, parts * part_stride], scaled; float32 if there are splits
+    part_stride: int
+    count: torch.Tensor  # int32 [blocks * parts], groups of each list
+    b: torch.Tensor  # int64 [lists * list_length], first element of B's columns in the pool
+    fields: tuple[torch.Tensor, ...]  # int32 [same]: rank, nth group of its run, first row, end row
+    list_length: int
+    aligned: bool  # factors can be read 16 bytes at a time
 
     @property
     def splits(self) -> int:
         return self.s.shape[0]
 
     @property
-    def row_stride(self) -> int:
-        return self.s.stride(1)
-
-    @property
-    def split_stride(self) -> int:
-        return self.s.stride(0)
+    def groups(self) -> tuple:
+        """Kernel arguments."""
+        return (self.count, self.b, *self.fields, self.list_length)
 
 
 def batch_args(batch: AlignedBatch) -> tuple[torch.Tensor, ...]:
-    """A batch as kernels take it; without segments any pointer stands in for theirs."""
-    segments = batch.segments
-    lists = (
-        (batch.num_blocks,) * 3
-        if segments is None
-        else (segments.count, segments.slot, segments.first_row)
-    )
-    return (batch.sorted_pairs, batch.block_expert, batch.block_end, batch.num_blocks, *lists)
+    return (batch.sorted_pairs, batch.block_expert, batch.block_end, batch.num_blocks)
 
 
-def rank_chunk(max_rank: int) -> int:
-    """Ranks that an expand's dot takes at a time: 16 is the least that tensor cores take."""
-    return min(64, max(16, next_power_of_2(max_rank)))
+def expand_args(shrunk: Shrunk | None, any_pointer: torch.Tensor) -> tuple:
+    """What a product that adds LoRA in takes; without LoRA any pointer stands in."""
+    if shrunk is None:
+        return (any_pointer,) * 8 + (0, 0, 0)
+    return (shrunk.pool, shrunk.s, *shrunk.groups, shrunk.s.stride(1), shrunk.s.stride(0))
 
 
-def is_aligned(tables: ExpertLoraTables | DenseLoraTables) -> bool:
-    """Whether factors can be read 16 bytes at a time."""
-    return tables.rank_multiple % 8 == 0
+def expand_flags(shrunk: Shrunk | None, expand_k: int) -> dict:
+    return {
+        "LORA": shrunk is not None,
+        "ALIGNED": shrunk is not None and shrunk.aligned,
+        "SPLITS": 1 if shrunk is None else shrunk.splits,
+        "EK": expand_k,
+    }
 
 
 def shrink_gate_up(
-    x: torch.Tensor, batch: AlignedBatch, tables: ExpertLoraTables, tile: ShrinkTile
+    x: torch.Tensor,
+    intermediate: int,
+    batch: AlignedBatch,
+    tables: ExpertLoraTables,
+    tile: ShrinkTile,
 ) -> Shrunk:
-    """A13 x of each adapted row; x [T, H]."""
+    """scale * A13 x of each adapted row, gate and up; x [T, H]."""
     offsets = (tables.offset_a13, tables.offset_b13)
-    return _shrink(x, batch, tables, offsets, GATE_UP, 2 * tables.max_rank, 1, False, tile)
+    return _shrink(x, batch, tables, offsets, GATE_UP, 2, intermediate, False, tile)
 
 
 def shrink_down(
     a: torch.Tensor, batch: AlignedBatch, tables: ExpertLoraTables, tile: ShrinkTile
 ) -> Shrunk:
-    """A2 a of each adapted row; a [rows, I]."""
+    """scale * A2 a of each adapted row; a [rows, I]."""
     offsets = (tables.offset_a2, tables.offset_b2)
-    return _shrink(a, batch, tables, offsets, DOWN, tables.max_rank, 1, True, tile)
+    return _shrink(a, batch, tables, offsets, DOWN, 1, 0, True, tile)
 
 
 def _shrink(
-    x, batch, tables, offsets, kind, columns: int, projections: int, transposed: bool, tile
+    x, batch, tables, offsets, kind, parts: int, gate_size: int, transposed: bool, tile
 ) -> Shrunk:
-    columns = -(-columns // 8) * 8
-    rows = batch.max_blocks * batch.block_size
+    part_stride = -(-tables.max_rank // 16) * 16
+    list_length = batch.block_size * (part_stride // 16)
+    lists = batch.max_blocks * parts
     s = torch.empty(
-        tile.splits, rows, projections * columns, dtype=torch.float32, device=x.device
-    )
+        tile.splits, batch.max_blocks * batch.block_size, parts * part_stride,
+        dtype=x.dtype if tile.splits == 1 else torch.float32, device=x.device,
+    )  # fmt: skip
+    b = torch.empty(lists * list_length, dtype=torch.int64, device=x.device)
+    numbers = torch.empty(5, lists * list_length, dtype=torch.int32, device=x.device)
+    shrunk = Shrunk(
+        tables.pool, s, part_stride, numbers[4], b, tuple(numbers[:4]), list_length,
+        tables.rank_multiple % 8 == 0,
+    )  # fmt: skip
     layout = tables.layout if isinstance(tables, ExpertLoraTables) else tables.rank
-    grid = (batch.max_blocks * tile.groups, projections, tile.splits)
+    segments = batch.segments
+    projections = parts if kind == DENSE else 1
+    # One A for gate and up has one part's ranks, others have both parts'.
+    ranks_at_once = part_stride * (2 if kind == GATE_UP else 1)
+    grid = (batch.max_blocks * (tile.groups + 1), projections, tile.splits)
     shrink_kernel[grid](
-        x, *batch_args(batch), tables.pool, *offsets, tables.rank, layout, s,
-        x.shape[1], batch.top_k, offsets[0].shape[1], x.stride(0), s.stride(1), s.stride(0),
-        columns,
-        KIND=kind, A_TRANSPOSED=transposed, FUSED_BIT=FUSED_GATE_UP, ALIGNED=is_aligned(tables),
-        GROUPS=tile.groups, SPLITS=tile.splits, BM=batch.block_size, ROWS=tile.rows,
-        BR=min(64, max(16, next_power_of_2(columns))), BK=tile.block_k, PDL=USE_PDL,
+        x, *batch_args(batch), segments.count, segments.slot, segments.first_row,
+        tables.pool, *offsets, tables.rank, tables.scale, layout, s, *shrunk.groups,
+        x.shape[1], gate_size, batch.top_k, offsets[0].shape[1], x.stride(0), s.stride(1),
+        s.stride(0), part_stride,
+        KIND=kind, A_TRANSPOSED=transposed, FUSED_BIT=FUSED_GATE_UP, ALIGNED=shrunk.aligned,
+        PROGRAMS=tile.groups, SPLITS=tile.splits, BM=batch.block_size, ROWS=tile.rows,
+        BR=min(64, next_power_of_2(ranks_at_once)), BK=tile.block_k, PDL=USE_PDL,
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=USE_PDL,
     )  # fmt: skip
-    return Shrunk(s, columns)
+    return shrunk
 
 
-def expand_gate_up_(
-    h: torch.Tensor, shrunk: Shrunk, batch: AlignedBatch, tables: ExpertLoraTables
+def expand_(
+    out: torch.Tensor, shrunk: Shrunk, batch: AlignedBatch, sizes: tuple[int, ...], by_token: bool
 ) -> None:
-    """h [rows, 2I] += scale * B13 s."""
-    offsets = (tables.offset_a13, tables.offset_b13)
-    half = h.shape[1] // 2
-    _expand_(h, shrunk, batch, tables, offsets, tables.layout, GATE_UP, (half, half), 0)
-
-
-def expand_down_(
-    y: torch.Tensor, shrunk: Shrunk, batch: AlignedBatch, tables: ExpertLoraTables
-) -> None:
-    """y [rows, H] += scale * B2 s."""
-    offsets = (tables.offset_a2, tables.offset_b2)
-    _expand_(y, shrunk, batch, tables, offsets, tables.layout, DOWN, (y.shape[1],), 0)
-
-
-def _expand_(out, shrunk, batch, tables, offsets, layout, kind, sizes, column_stride) -> None:
+    """out += s B^T in a pass of its own; parts of `sizes` columns lie side by side in out."""
     block_n = 64 if batch.block_size >= 64 else 128
     grid = (batch.max_blocks, triton.cdiv(max(sizes), block_n), len(sizes))
     expand_add_kernel[grid](
-        out, *batch_args(batch), tables.pool, *offsets, tables.rank, tables.scale, layout,
-        shrunk.s, *sizes, *(0,) * (MAX_PROJECTIONS - len(sizes)), offsets[0].shape[1],
-        out.stride(0), shrunk.row_stride, shrunk.split_stride, column_stride,
-        KIND=kind, FUSED_BIT=FUSED_GATE_UP, ALIGNED=is_aligned(tables), SPLITS=shrunk.splits,
-        RC=rank_chunk(tables.max_rank), BM=batch.block_size, BN=block_n,
-        DTYPE=TRITON_TYPES[out.dtype], PDL=USE_PDL, num_warps=4, launch_pdl=USE_PDL,
+        out, batch.sorted_pairs, batch.block_end, batch.num_blocks,
+        shrunk.pool, shrunk.s, *shrunk.groups, shrunk.s.stride(1), shrunk.s.stride(0),
+        shrunk.part_stride, *sizes, *(0,) * (MAX_PROJECTIONS - len(sizes)), out.stride(0),
+        BY_TOKEN=by_token, ALIGNED=shrunk.aligned, SPLITS=shrunk.splits, EK=32,
+        BM=batch.block_size, BN=block_n, DTYPE=TRITON_TYPES[out.dtype], PDL=USE_PDL,
+        num_warps=4, launch_pdl=USE_PDL,
     )  # fmt: skip
 
 
@@ -150,13 +156,9 @@ def lora_linear_(
     batch = token_blocks(lora_batch, block_size)
     offsets = (tables.offset_a, tables.offset_b)
     shrunk = _shrink(
-        x, batch, tables, offsets, DENSE, tables.max_rank, len(tables.out_sizes),
-        tables.a_transposed, tile,
-    )  # fmt: skip
-    _expand_(
-        out, shrunk, batch, tables, offsets, tables.rank, DENSE, tables.out_sizes,
-        shrunk.column_stride,
-    )  # fmt: skip
+        x, batch, tables, offsets, DENSE, len(tables.out_sizes), 0, tables.a_transposed, tile
+    )
+    expand_(out, shrunk, batch, tables.out_sizes, by_token=True)
 
 
 def token_blocks(lora_batch: LoraBatch, block_size: int) -> AlignedBatch:

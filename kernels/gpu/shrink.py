@@ -1,8 +1,11 @@
-"""Shrink: s = x A^T for every segment of a batch, whatever its rank.
+"""Shrink: s = scale * A x for every run of rows with one adapter, whatever its rank.
 
-A segment's rows have one adapter (and, on experts, one expert). s is float32 and unscaled: the
-scale is applied where s is rounded, at the expand. Several splits of the inner dimension each write
-a part of their own, which the expand sums: no zero-fill, no atomics, one order of summation.
+Its last program of each block lists for the expand after it where each run's B lies, in groups of
+GROUP ranks, so that the expand reads one short list instead of the tables.
+
+s is accumulated and scaled in float32, and rounded once, for the expand's dot. Where the inner
+dimension is split, each split writes a float32 part of its own and the expand sums them: no
+zero-fill, no atomics, one order of summation.
 """
 
 from __future__ import annotations
@@ -17,21 +20,50 @@ GATE_UP = tl.constexpr(0)  # A13 of an expert; x [T, H] by the row's token
 DOWN = tl.constexpr(1)  # A2 of an expert, transposed; x [rows, I] by the row itself
 DENSE = tl.constexpr(2)  # A of a dense projection; x [T, in] by the row's token
 
+GROUP = tl.constexpr(16)  # ranks of a group: the least inner dimension that a dot takes
+
+
+@triton.jit
+def run_rows(nth, count, end_row, place):
+    """First row and end row of the nth of a block's runs, whose first rows lie at `place`."""
+    first = tl.load(place + nth, mask=nth < count, other=0)
+    after = tl.load(place + nth + 1, mask=nth + 1 < count, other=0)
+    return first, tl.where(nth + 1 < count, after, end_row)
+
+
+@triton.jit
+def _list_part(
+    list_id, first, end, b, rank, group_count, group_b, group_rank, group_nth, group_first,
+    group_end, list_length,
+):  # fmt: skip
+    """Write one list of groups: those of a block's runs [BM] in order."""
+    groups = (rank + GROUP - 1) // GROUP
+    place = list_id * list_length + tl.cumsum(groups, 0) - groups
+    tl.store(group_count + list_id, tl.sum(groups, 0))
+    for nth in range(0, tl.max(groups, 0)):
+        here = nth < groups
+        tl.store(group_b + place + nth, b + nth * GROUP, mask=here)
+        tl.store(group_rank + place + nth, rank, mask=here)
+        tl.store(group_nth + place + nth, tl.zeros_like(rank) + nth, mask=here)
+        tl.store(group_first + place + nth, first, mask=here)
+        tl.store(group_end + place + nth, end, mask=here)
+
 
 @triton.jit
 def shrink_kernel(
     x, sorted_pairs, block_expert, block_end, num_blocks,
     segment_count, segment_slot, segment_first,
-    pool, offset_a, offset_b, ranks, layout, s,
-    inner, top_k, table_columns, x_stride, s_stride, split_stride, column_stride,
+    pool, offset_a, offset_b, ranks, scales, layout, s,
+    group_count, group_b, group_rank, group_nth, group_first, group_end, list_length,
+    inner, out_size, top_k, table_columns, x_stride, s_stride, split_stride, part_stride,
     KIND: tl.constexpr, A_TRANSPOSED: tl.constexpr, FUSED_BIT: tl.constexpr,
-    ALIGNED: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr,
+    ALIGNED: tl.constexpr, PROGRAMS: tl.constexpr, SPLITS: tl.constexpr,
     BM: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (block and group, projection, split): every GROUPS-th segment of the block."""
-    block = tl.program_id(0) // GROUPS
-    group = tl.program_id(0) % GROUPS
+    """Program (block and every PROGRAMS-th of its runs, dense projection, split)."""
+    block = tl.program_id(0) // (PROGRAMS + 1)
+    program = tl.program_id(0) % (PROGRAMS + 1)
     projection = tl.program_id(1)
     split = tl.program_id(2)
     pdl_wait(PDL)
@@ -44,27 +76,59 @@ def shrink_kernel(
     column = projection
     if KIND != DENSE:
         column = tl.load(block_expert + block)
+
+    if program == PROGRAMS:
+        if split == 0:
+            run = tl.arange(0, BM)
+            first, end = run_rows(run, count, end_row, segment_first + block * BM)
+            slot = tl.load(segment_slot + block * BM + run, mask=run < count, other=0)
+            entry = slot.to(tl.int64) * table_columns + column
+            a = tl.load(offset_a + entry, mask=run < count, other=-1)
+            b = tl.load(offset_b + entry, mask=run < count, other=-1)
+            present = (a >= 0) & (b >= 0)
+            if KIND == GATE_UP:
+                gate = tl.load(ranks + entry * 3, mask=present, other=0)
+                up = tl.load(ranks + entry * 3 + 1, mask=present, other=0)
+                _list_part(
+                    block * 2, first, end, b, gate, group_count, group_b, group_rank,
+                    group_nth, group_first, group_end, list_length,
+                )  # fmt: skip
+                _list_part(
+                    block * 2 + 1, first, end, b + gate.to(tl.int64) * out_size, up, group_count,
+                    group_b, group_rank, group_nth, group_first, group_end, list_length,
+                )  # fmt: skip
+            else:
+                entry_rank = entry * 3 + 2 if KIND == DOWN else entry
+                rank = tl.load(ranks + entry_rank, mask=present, other=0)
+                _list_part(
+                    block * tl.num_programs(1) + projection, first, end, b, rank, group_count,
+                    group_b, group_rank, group_nth, group_first, group_end, list_length,
+                )  # fmt: skip
+        return
+
     part = tl.cdiv(inner, SPLITS * BK) * BK
     first_k = split * part
     end_k = tl.minimum(first_k + part, inner)
-    for nth in range(group, count, GROUPS):
-        place = block * BM + nth
-        slot = tl.load(segment_slot + place)
-        first = tl.load(segment_first + place)
-        end = tl.load(segment_first + place + 1, mask=nth + 1 < count, other=0)
-        end = tl.where(nth + 1 < count, end, end_row)
+    for nth in range(program, count, PROGRAMS):
+        slot = tl.load(segment_slot + block * BM + nth)
+        first, end = run_rows(nth, count, end_row, segment_first + block * BM)
         entry = slot.to(tl.int64) * table_columns + column
         a = tl.load(offset_a + entry)
         b = tl.load(offset_b + entry)
+        fused = False
         if KIND == GATE_UP:
             gate = tl.load(ranks + entry * 3)
             up = tl.load(ranks + entry * 3 + 1)
+            scale = tl.load(scales + entry * 3)
+            scale_up = tl.load(scales + entry * 3 + 1)
             fused = (tl.load(layout + slot) & FUSED_BIT) != 0
             rank = tl.where(fused, tl.maximum(gate, up), gate + up)
         elif KIND == DOWN:
             rank = tl.load(ranks + entry * 3 + 2)
+            scale = tl.load(scales + entry * 3 + 2)
         else:
             rank = tl.load(ranks + entry)
+            scale = tl.load(scales + entry)
         rank = tl.where((a >= 0) & (b >= 0), rank, 0)
         if ALIGNED:  # lets the compiler see that 16-byte loads are right
             a = a // 8 * 8
@@ -77,6 +141,8 @@ def shrink_kernel(
                 pair = tl.load(sorted_pairs + row, mask=here, other=0)
                 source = pair // top_k
             x_row = x + source.to(tl.int64)[:, None] * x_stride
+            s_row = s + split.to(tl.int64) * split_stride + row.to(tl.int64)[:, None] * s_stride
+            s_row += projection * part_stride
             for first_r in range(0, rank, BR):
                 r = first_r + tl.arange(0, BR)
                 acc = tl.zeros([ROWS, BR], tl.float32)
@@ -91,6 +157,15 @@ def shrink_kernel(
                         factor = pool + a + r.to(tl.int64)[None, :] * inner + k[:, None]
                     factors = tl.load(factor, mask=inside, other=0.0).to(xs.dtype)
                     acc = tl.dot(xs, factors, acc, input_precision="ieee")
-                out = s + split.to(tl.int64) * split_stride + row.to(tl.int64)[:, None] * s_stride
-                out += projection * column_stride + r[None, :]
-                tl.store(out, acc, mask=here[:, None] & (r < rank)[None, :])
+                dtype = s.dtype.element_ty
+                if KIND == GATE_UP:
+                    # Gate's ranks first, then up's; one A for both gives both the same.
+                    to_gate = here[:, None] & (r < gate)[None, :]
+                    tl.store(s_row + r[None, :], (acc * scale).to(dtype), mask=to_gate)
+                    up_r = tl.where(fused, r, r - gate)
+                    to_up = here[:, None] & ((up_r >= 0) & (up_r < up) & (r < rank))[None, :]
+                    place = s_row + part_stride + up_r[None, :]
+                    tl.store(place, (acc * scale_up).to(dtype), mask=to_up)
+                else:
+                    inside = here[:, None] & (r < rank)[None, :]
+                    tl.store(s_row + r[None, :], (acc * scale).to(dtype), mask=inside)

@@ -25,6 +25,8 @@ class GemmTile:
     stages: int
     # Programs per multiprocessor that walk the tiles; 0 = one program a tile.
     persistent: int = 0
+    # Ranks that LoRA's dot takes at a time, of several adapters together: a multiple of 16.
+    expand_k: int = 32
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -38,6 +39,7 @@ SHAPES = {
 }
 TOKENS = (1, 8, 32, 64, 256, 1024, 8192)
 RANK = 16
+EXPAND_K = (16, 64)
 ROUTINGS = 4  # of a few tokens, so that their weights don't stay in the cache
 
 
@@ -54,7 +56,7 @@ def _gemm_tiles(block_m: int) -> list[GemmTile]:
     return [
         GemmTile(n, k, warps, stages, persistent)
         for n, k, warps, stages, persistent in (
-            (64, 64, 4, 4, 0), (64, 64, 8, 4, 0), (128, 64, 4, 3, 0), (128, 64, 4, 4, 0),
+            (64, 64, 4, 3, 0), (64, 64, 8, 4, 0), (128, 64, 4, 3, 0), (128, 64, 4, 4, 0),
             (128, 64, 8, 3, 0), (128, 64, 8, 4, 0), (256, 64, 8, 3, 0), (256, 64, 8, 4, 0),
             (128, 32, 8, 4, 0), (128, 64, 8, 3, 1), (128, 64, 8, 4, 1), (256, 64, 8, 3, 1),
         )
@@ -77,6 +79,23 @@ def _shrink_tiles(block_m: int) -> list[ShrinkTile]:
             (1, 64, 64, 4), (2, 64, 64, 4), (1, 128, 64, 4), (1, 128, 64, 8), (4, 16, 256, 4),
         )
     ]  # fmt: skip
+
+
+def _steps(block_m: int, adapters: int) -> list[tuple[str, Callable[[MoeTiles], list]]]:
+    """What is varied in turn, and its candidates given the best tiles so far."""
+    gemms, shrinks = _gemm_tiles(block_m), _shrink_tiles(block_m)
+    steps: list[tuple[str, Callable[[MoeTiles], list]]] = [
+        ("gate_up", lambda _: gemms),
+        ("down", lambda _: gemms),
+    ]
+    if adapters:
+        steps += [
+            ("shrink_gate_up", lambda _: shrinks),
+            ("shrink_down", lambda _: shrinks),
+            ("gate_up", lambda best: [replace(best.gate_up, expand_k=k) for k in EXPAND_K]),
+            ("down", lambda best: [replace(best.down, expand_k=k) for k in EXPAND_K]),
+        ]
+    return steps
 
 
 def _block_sizes(shape: MoeShape, num_tokens: int) -> list[int]:
@@ -190,11 +209,8 @@ def tune(problem: Problem, num_tokens: int, adapters: int, verbose: bool) -> tup
             gate_up=gemms[3], down=gemms[3], shrink_gate_up=shrinks[2], shrink_down=shrinks[2],
         )  # fmt: skip
         best_us = _try(best, calls)
-        fields = {"gate_up": gemms, "down": gemms}
-        if adapters:
-            fields |= {"shrink_gate_up": shrinks, "shrink_down": shrinks}
-        for name, candidates in fields.items():
-            for candidate in candidates:
+        for name, candidates in _steps(block_m, adapters):
+            for candidate in candidates(best):
                 tiles = replace(best, **{name: candidate})
                 say = f"T={num_tokens} a={adapters} bm={block_m} {name} {candidate}"
                 us = _try(tiles, calls, say if verbose else "")
