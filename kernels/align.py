@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from .aligned import AlignedBatch, BlockSegments
-from .checks import check_token_slot, check_topk_ids
 from .backends import gpu
+from .checks import check_token_slot, check_topk_ids
 from .lora_batch import LoraBatch
 
 

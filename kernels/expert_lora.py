@@ -44,9 +44,7 @@ def add_gate_up_(
     add_low_rank_(h, rows, tables.pool, _nonzero(shrinks), _nonzero(expands), a_transposed=False)
 
 
-def add_down_(
-    y: torch.Tensor, a: torch.Tensor, batch: RowBatch, tables: ExpertLoraTables
-) -> None:
+def add_down_(y: torch.Tensor, a: torch.Tensor, batch: RowBatch, tables: ExpertLoraTables) -> None:
     """y [rows, H] += scale * B (A a) for the down projection; a [rows, I]."""
     found = _adapted_segments(batch, tables.offset_a2, tables.offset_b2)
     if found is None:

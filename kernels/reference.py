@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .lora_tables import FUSED_GATE_UP, DenseLoraTables, ExpertLoraTables
+from .moe_weights import ClampedSwiglu
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ def moe_reference(
     topk_ids: torch.Tensor,
     lora: ExpertLoraTables | None = None,
     token_slot: torch.Tensor | None = None,
+    *,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    clamped: ClampedSwiglu | None = None,
 ) -> torch.Tensor:
     """`fused_moe`, one (token, chosen expert) pair at a time. Returns float32 [T, H]."""
     x, w13, w2 = x.float(), w13.float(), w2.float()
@@ -83,23 +88,40 @@ def moe_reference(
             factors = (None, None, None)
             if lora is not None and slot >= 0:
                 factors = gather_factors(lora, slot, expert, hidden, intermediate)
-            gate, up = (w13[expert] @ x[t]).split(intermediate)
+            h = w13[expert] @ x[t]
+            if w13_bias is not None:
+                h = h + w13_bias[expert].float()
+            gate, up = h.split(intermediate)
             if factors[0] is not None:
                 gate = gate + factors[0].delta(x[t])
             if factors[1] is not None:
                 up = up + factors[1].delta(x[t])
-            a = torch.nn.functional.silu(gate) * up
+            a = activate_reference(gate, up, clamped)
             y = w2[expert] @ a
+            if w2_bias is not None:
+                y = y + w2_bias[expert].float()
             if factors[2] is not None:
                 y = y + factors[2].delta(a)
             out[t] += topk_weights[t, k].float() * y
     return out
 
 
+def activate_reference(
+    gate: torch.Tensor, up: torch.Tensor, clamped: ClampedSwiglu | None = None
+) -> torch.Tensor:
+    """SwiGLU, or gpt-oss's clamped form of it."""
+    if clamped is None:
+        return torch.nn.functional.silu(gate) * up
+    gate = gate.clamp(max=clamped.limit)
+    up = up.clamp(-clamped.limit, clamped.limit)
+    return (up + 1) * gate * torch.sigmoid(clamped.alpha * gate)
+
+
 def align_reference(
     topk_ids: torch.Tensor, token_slot: torch.Tensor | None, block_size: int, num_experts: int
 ) -> tuple[list[int], list[int], list[tuple[int, int, int, int]]]:
-    """`moe_lora_align_block_size` as lists: sorted pairs, expert of each block, segments."""
+    """`moe_lora_align_block_size` as lists: sorted pairs, expert of each block, and the blocks'
+    segments as (block, slot, first row, end row)."""
     num_tokens, top_k = topk_ids.shape
     slots = [-1] * num_tokens if token_slot is None else token_slot.tolist()
     ids = topk_ids.reshape(-1).tolist()
@@ -108,13 +130,14 @@ def align_reference(
     segments: list[tuple[int, int, int, int]] = []
     for expert in range(num_experts):
         mine = sorted((slots[p // top_k], p) for p in range(len(ids)) if ids[p] == expert)
-        for slot in sorted({slot for slot, _ in mine if slot >= 0}):
-            rows = [len(pairs) + i for i, (s, _) in enumerate(mine) if s == slot]
-            segments.append((slot, expert, rows[0], rows[-1] + 1))
-        pairs += [p for _, p in mine]
-        padding = -len(mine) % block_size
-        pairs += [num_tokens * top_k] * padding
-        block_expert += [expert] * ((len(mine) + padding) // block_size)
+        for first in range(0, len(mine), block_size):
+            block = mine[first : first + block_size]
+            for slot in sorted({slot for slot, _ in block if slot >= 0}):
+                rows = [len(pairs) + i for i, (s, _) in enumerate(block) if s == slot]
+                segments.append((len(block_expert), slot, rows[0], rows[-1] + 1))
+            pairs += [p for _, p in block]
+            pairs += [num_tokens * top_k] * (block_size - len(block))
+            block_expert.append(expert)
     return pairs, block_expert, segments
 
 

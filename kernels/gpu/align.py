@@ -274,9 +274,7 @@ def _scatter_kernel(
     for other in range(0, CHUNK, 64):
         column_nth = other + tl.arange(0, 64)
         column_place = chunk * CHUNK + column_nth
-        _, column_found = _load_ids(
-            ids, order, column_place, pairs, top_k, num_experts, ORDERED
-        )
+        _, column_found = _load_ids(ids, order, column_place, pairs, top_k, num_experts, ORDERED)
         same = (found[:, None] == column_found[None, :]) & (nth[:, None] > column_nth[None, :])
         row += tl.sum(same.to(tl.int32), 1)
     tl.store(sorted_pairs + row, pair, mask=found >= 0)

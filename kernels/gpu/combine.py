@@ -34,7 +34,9 @@ def combine_kernel(
     if BY_ROW:
         rows *= tl.load(weights + pair, mask=here, other=0.0).to(tl.float32)[:, None]
     total = tl.sum(rows, 0)
-    tl.store(out + token * out_stride + column, total.to(out.dtype.element_ty), mask=column < hidden)
+    tl.store(
+        out + token * out_stride + column, total.to(out.dtype.element_ty), mask=column < hidden
+    )
 
 
 @triton.jit

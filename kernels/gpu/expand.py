@@ -34,15 +34,18 @@ def add_groups(
     r = tl.load(group_nth + place, mask=here, other=0) * GROUP + j % GROUP
     first = tl.load(group_first + place, mask=here, other=0)
     end = tl.load(group_end + place, mask=here, other=0)
-    if ALIGNED:  # lets the compiler see that 16-byte loads are right
-        b = b // 8 * 8
-        rank = rank // 8 * 8
     inside = r < rank
     mine = (row[:, None] >= first[None, :]) & (row[:, None] < end[None, :]) & inside[None, :]
+    there = inside[:, None] & (n < out_size)[None, :]
     shrunk_at = s + row.to(tl.int64)[:, None] * s_stride + column + r[None, :]
+    factor_at = pool + b[:, None] + n[None, :] * rank[:, None] + (j % GROUP)[:, None]
+    if ALIGNED:  # what the compiler can't see through loaded numbers: 16-byte loads are right
+        shrunk_at = tl.max_contiguous(tl.multiple_of(shrunk_at, [1, 16]), [1, 8])
+        mine = tl.max_constancy(mine, [1, 8])
+        factor_at = tl.max_contiguous(tl.multiple_of(factor_at, [16, 1]), [8, 1])
+        there = tl.max_constancy(there, [8, 1])
     shrunk = tl.load(shrunk_at, mask=mine, other=0.0)
     for split in tl.static_range(1, SPLITS):
         shrunk += tl.load(shrunk_at + split * split_stride, mask=mine, other=0.0)
-    factor_at = pool + b[:, None] + n[None, :] * rank[:, None] + (j % GROUP)[:, None]
-    factors = tl.load(factor_at, mask=inside[:, None] & (n < out_size)[None, :], other=0.0)
+    factors = tl.load(factor_at, mask=there, other=0.0)
     return tl.dot(shrunk.to(DTYPE), factors.to(DTYPE), acc, input_precision="ieee")

@@ -9,8 +9,15 @@ from ..lora_tables import ExpertLoraTables
 from ..moe_weights import MoeWeights
 from ..runner import Hooks
 from .gate_up import gate_up_kernel
-from .hooked import GpuBatch, HookedBackend, combine, grid_size, grouped_gemm
-from .launch import USE_PDL
+from .hooked import (
+    GpuBatch,
+    HookedBackend,
+    combine,
+    gemm_flags,
+    grid_size,
+    grouped_gemm,
+    weight_tiles,
+)
 from .lora import batch_args, expand_args, expand_flags, shrink_down, shrink_gate_up
 
 
@@ -44,11 +51,10 @@ class FusedBackend(HookedBackend):
             0 if shrunk is None else shrunk.part_stride,
             hidden, intermediate, rows.top_k, x.stride(0), a.stride(0),
             1.0 if clamped is None else clamped.alpha, 1.0 if clamped is None else clamped.limit,
+            weight_tiles(weights.w13, tile),
             **expand_flags(shrunk, tile.expand_k), BIAS=weights.w13_bias is not None,
             CLAMPED=clamped is not None,
-            EVEN=hidden % tile.block_k == 0 and intermediate % tile.block_n == 0,
-            BM=rows.block_size, BN=tile.block_n, BK=tile.block_k, PDL=USE_PDL,
-            num_warps=tile.warps, num_stages=tile.stages, launch_pdl=USE_PDL,
+            **gemm_flags(tile, rows, hidden, intermediate),
         )  # fmt: skip
         return a
 
@@ -63,9 +69,7 @@ class FusedBackend(HookedBackend):
         hooks: Hooks,
     ) -> torch.Tensor:
         if hooks:
-            return super().second_half(
-                a, weights, topk_weights, topk_ids, batch, lora, hooks
-            )
+            return super().second_half(a, weights, topk_weights, topk_ids, batch, lora, hooks)
         rows = batch.rows
         shrunk = None
         if lora is not None and rows.max_blocks:

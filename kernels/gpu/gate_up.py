@@ -22,8 +22,73 @@ def swiglu(gate, up, alpha, limit, CLAMPED: tl.constexpr):
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
         return (up + 1.0) * gate * tl.sigmoid(alpha * gate)
-    else:
-        return gate * tl.sigmoid(gate) * up
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def _gate_up_tile(
+    x, w13, bias, out, sorted_pairs, expert, block, first_row, end_row, n0,
+    pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end, list_length,
+    s_stride, split_stride, part_stride,
+    hidden, intermediate, top_k, x_stride, out_stride, alpha, limit, w_tiles,
+    LORA: tl.constexpr, ALIGNED: tl.constexpr, SPLITS: tl.constexpr, EK: tl.constexpr,
+    BIAS: tl.constexpr, CLAMPED: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows from `first_row`, BN columns from `n0`."""
+    n = n0 + tl.arange(0, BN)
+    k_in_tile = tl.arange(0, BK)
+    row = first_row + tl.arange(0, ROWS)
+    here = row < end_row
+    pair = tl.load(sorted_pairs + row, mask=here, other=0, cache_modifier=".cg")
+    x_row = x + (pair // top_k).to(tl.int64)[:, None] * x_stride
+    w_gate = w13 + (expert * 2 * intermediate + n)[None, :] * hidden
+    gate = tl.zeros([ROWS, BN], tl.float32)
+    up = tl.zeros([ROWS, BN], tl.float32)
+    for k0 in range(0, hidden, BK):
+        k = k0 + k_in_tile
+        if TMA:
+            xs = tl.load(x_row + k[None, :], mask=here[:, None], other=0.0)
+            w_at = (expert * 2 * intermediate).to(tl.int32) + n0
+            wg = w_tiles.load([w_at, k0]).T
+            wu = w_tiles.load([w_at + intermediate, k0]).T
+        elif EVEN:
+            xs = tl.load(x_row + k[None, :], mask=here[:, None], other=0.0)
+            wg = tl.load(w_gate + k[:, None])
+            wu = tl.load(w_gate + intermediate.to(tl.int64) * hidden + k[:, None])
+        else:
+            inside = (k < hidden)[:, None] & (n < intermediate)[None, :]
+            xs = tl.load(x_row + k[None, :], mask=here[:, None] & (k < hidden)[None, :], other=0.0)
+            wg = tl.load(w_gate + k[:, None], mask=inside, other=0.0)
+            up_part = intermediate.to(tl.int64) * hidden
+            wu = tl.load(w_gate + up_part + k[:, None], mask=inside, other=0.0)
+        gate = tl.dot(xs, wg, gate, input_precision="ieee")
+        up = tl.dot(xs, wu, up, input_precision="ieee")
+    if LORA:
+        pdl_wait(PDL)
+        gate_groups = tl.load(group_count + block * 2)
+        up_groups = tl.load(group_count + block * 2 + 1)
+        dtype = x.dtype.element_ty
+        for group in range(0, tl.maximum(gate_groups, up_groups), EK // GROUP):
+            gate = add_groups(
+                gate, s, row, block * 2, gate_groups, group, 0,
+                group_b, group_rank, group_nth, group_first, group_end, list_length,
+                pool, n, intermediate, s_stride, split_stride, ALIGNED, SPLITS, EK, dtype,
+            )  # fmt: skip
+            up = add_groups(
+                up, s, row, block * 2 + 1, up_groups, group, part_stride,
+                group_b, group_rank, group_nth, group_first, group_end, list_length,
+                pool, n, intermediate, s_stride, split_stride, ALIGNED, SPLITS, EK, dtype,
+            )  # fmt: skip
+    if BIAS:
+        bias_gate = bias + expert * 2 * intermediate + n
+        gate += tl.load(bias_gate, mask=n < intermediate, other=0.0).to(tl.float32)[None, :]
+        bias_up = tl.load(bias_gate + intermediate, mask=n < intermediate, other=0.0)
+        up += bias_up.to(tl.float32)[None, :]
+    act = swiglu(gate, up, alpha, limit, CLAMPED)
+    place = out + row.to(tl.int64)[:, None] * out_stride + n[None, :]
+    inside = here[:, None] & (n < intermediate)[None, :]
+    tl.store(place, act.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -33,11 +98,15 @@ def gate_up_kernel(
     pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end, list_length,
     s_stride, split_stride, part_stride,
     hidden, intermediate, top_k, x_stride, out_stride, alpha, limit,
+    w_tiles,
     LORA: tl.constexpr, ALIGNED: tl.constexpr, SPLITS: tl.constexpr, EK: tl.constexpr,
-    BIAS: tl.constexpr, CLAMPED: tl.constexpr, EVEN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, CLAMPED: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHORT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, I]; x [T, H], w13 [E, 2I, H]. Programs walk the tiles that there are."""
+    """out [rows, I]; x [T, H], w13 [E, 2I, H]. Programs walk the tiles that there are.
+
+    SHORT: tiles whose rows fill no more than half of a block are computed at half the height.
+    """
     if not LORA:
         pdl_wait(PDL)
         pdl_launch_dependents(PDL)
@@ -47,58 +116,25 @@ def gate_up_kernel(
     tiles = tl.load(num_blocks, cache_modifier=".cg") * tiles_n
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         block = tile // tiles_n
-        n = tile % tiles_n * BN + tl.arange(0, BN)
-        k_in_tile = tl.arange(0, BK)
+        n0 = tile % tiles_n * BN
         expert = tl.load(block_expert + block, cache_modifier=".cg").to(tl.int64)
         end_row = tl.load(block_end + block, cache_modifier=".cg")
-        row = block * BM + tl.arange(0, BM)
-        here = row < end_row
-        pair = tl.load(sorted_pairs + row, mask=here, other=0, cache_modifier=".cg")
-        x_row = x + (pair // top_k).to(tl.int64)[:, None] * x_stride
-        w_gate = w13 + (expert * 2 * intermediate + n)[None, :] * hidden
-        gate = tl.zeros([BM, BN], tl.float32)
-        up = tl.zeros([BM, BN], tl.float32)
-        for k0 in range(0, hidden, BK):
-            k = k0 + k_in_tile
-            if EVEN:
-                xs = tl.load(x_row + k[None, :], mask=here[:, None], other=0.0)
-                wg = tl.load(w_gate + k[:, None])
-                wu = tl.load(w_gate + intermediate.to(tl.int64) * hidden + k[:, None])
-            else:
-                inside = (k < hidden)[:, None] & (n < intermediate)[None, :]
-                xs = tl.load(
-                    x_row + k[None, :], mask=here[:, None] & (k < hidden)[None, :], other=0.0
-                )
-                wg = tl.load(w_gate + k[:, None], mask=inside, other=0.0)
-                up_part = intermediate.to(tl.int64) * hidden
-                wu = tl.load(w_gate + up_part + k[:, None], mask=inside, other=0.0)
-            gate = tl.dot(xs, wg, gate, input_precision="ieee")
-            up = tl.dot(xs, wu, up, input_precision="ieee")
-        if LORA:
-            pdl_wait(PDL)
-            gate_groups = tl.load(group_count + block * 2)
-            up_groups = tl.load(group_count + block * 2 + 1)
-            dtype = x.dtype.element_ty
-            for group in range(0, tl.maximum(gate_groups, up_groups), EK // GROUP):
-                gate = add_groups(
-                    gate, s, row, block * 2, gate_groups, group, 0,
-                    group_b, group_rank, group_nth, group_first, group_end, list_length,
-                    pool, n, intermediate, s_stride, split_stride, ALIGNED, SPLITS, EK, dtype,
-                )  # fmt: skip
-                up = add_groups(
-                    up, s, row, block * 2 + 1, up_groups, group, part_stride,
-                    group_b, group_rank, group_nth, group_first, group_end, list_length,
-                    pool, n, intermediate, s_stride, split_stride, ALIGNED, SPLITS, EK, dtype,
-                )  # fmt: skip
-        if BIAS:
-            bias_gate = bias + expert * 2 * intermediate + n
-            gate += tl.load(bias_gate, mask=n < intermediate, other=0.0).to(tl.float32)[None, :]
-            bias_up = tl.load(bias_gate + intermediate, mask=n < intermediate, other=0.0)
-            up += bias_up.to(tl.float32)[None, :]
-        act = swiglu(gate, up, alpha, limit, CLAMPED)
-        place = out + row.to(tl.int64)[:, None] * out_stride + n[None, :]
-        inside = here[:, None] & (n < intermediate)[None, :]
-        tl.store(place, act.to(out.dtype.element_ty), mask=inside)
+        if SHORT and end_row - block * BM <= BM // 2:
+            _gate_up_tile(
+                x, w13, bias, out, sorted_pairs, expert, block, block * BM, end_row, n0,
+                pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end,
+                list_length, s_stride, split_stride, part_stride,
+                hidden, intermediate, top_k, x_stride, out_stride, alpha, limit, w_tiles,
+                LORA, ALIGNED, SPLITS, EK, BIAS, CLAMPED, EVEN, TMA, BM // 2, BN, BK, PDL,
+            )  # fmt: skip
+        else:
+            _gate_up_tile(
+                x, w13, bias, out, sorted_pairs, expert, block, block * BM, end_row, n0,
+                pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end,
+                list_length, s_stride, split_stride, part_stride,
+                hidden, intermediate, top_k, x_stride, out_stride, alpha, limit, w_tiles,
+                LORA, ALIGNED, SPLITS, EK, BIAS, CLAMPED, EVEN, TMA, BM, BN, BK, PDL,
+            )  # fmt: skip
     if LORA:
         pdl_wait(PDL)  # also programs that found no tile
         pdl_launch_dependents(PDL)

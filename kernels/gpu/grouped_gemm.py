@@ -14,20 +14,82 @@ from .shrink import GROUP
 
 
 @triton.jit
+def _tile(
+    x, w, bias, weights, out, sorted_pairs, expert, block, first_row, end_row, n0,
+    pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end, list_length,
+    s_stride, split_stride,
+    inner, columns, top_k, x_stride, out_stride, w_tiles,
+    BY_TOKEN: tl.constexpr, TO_PAIR: tl.constexpr, LORA: tl.constexpr, ALIGNED: tl.constexpr,
+    SPLITS: tl.constexpr, EK: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
+    TMA: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows from `first_row`, BN columns from `n0`."""
+    n = n0 + tl.arange(0, BN)
+    k_in_tile = tl.arange(0, BK)
+    row = first_row + tl.arange(0, ROWS)
+    here = row < end_row
+    source = row
+    if BY_TOKEN:
+        pair = tl.load(sorted_pairs + row, mask=here, other=0, cache_modifier=".cg")
+        source = pair // top_k
+    x_row = x + source.to(tl.int64)[:, None] * x_stride
+    w_row = w + (expert * columns + n)[None, :] * inner
+    acc = tl.zeros([ROWS, BN], tl.float32)
+    for k0 in range(0, inner, BK):
+        k = k0 + k_in_tile
+        if TMA:
+            xs = tl.load(x_row + k[None, :], mask=here[:, None], other=0.0)
+            ws = w_tiles.load([(expert * columns).to(tl.int32) + n0, k0]).T
+        elif EVEN:
+            xs = tl.load(x_row + k[None, :], mask=here[:, None], other=0.0)
+            ws = tl.load(w_row + k[:, None])
+        else:
+            inside = here[:, None] & (k < inner)[None, :]
+            xs = tl.load(x_row + k[None, :], mask=inside, other=0.0)
+            inside = (k < inner)[:, None] & (n < columns)[None, :]
+            ws = tl.load(w_row + k[:, None], mask=inside, other=0.0)
+        acc = tl.dot(xs, ws, acc, input_precision="ieee")
+    if LORA:
+        pdl_wait(PDL)
+        groups = tl.load(group_count + block)
+        for group in range(0, groups, EK // GROUP):
+            acc = add_groups(
+                acc, s, row, block, groups, group, 0,
+                group_b, group_rank, group_nth, group_first, group_end, list_length,
+                pool, n, columns, s_stride, split_stride, ALIGNED, SPLITS, EK,
+                x.dtype.element_ty,
+            )  # fmt: skip
+    if BIAS:
+        added = tl.load(bias + expert * columns + n, mask=n < columns, other=0.0)
+        acc += added.to(tl.float32)[None, :]
+    target = row
+    if TO_PAIR:
+        target = tl.load(sorted_pairs + row, mask=here, other=0, cache_modifier=".cg")
+        weight = tl.load(weights + target, mask=here, other=0.0).to(tl.float32)
+        acc *= weight[:, None]
+    place = out + target.to(tl.int64)[:, None] * out_stride + n[None, :]
+    tl.store(place, acc.to(out.dtype.element_ty), mask=here[:, None] & (n < columns)[None, :])
+
+
+@triton.jit
 def grouped_gemm_kernel(
     x, w, bias, weights, out,
     sorted_pairs, block_expert, block_end, num_blocks,
     pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end, list_length,
     s_stride, split_stride,
     inner, columns, top_k, x_stride, out_stride,
+    w_tiles,
     BY_TOKEN: tl.constexpr, TO_PAIR: tl.constexpr, LORA: tl.constexpr, ALIGNED: tl.constexpr,
-    SPLITS: tl.constexpr, EK: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, EK: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHORT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out [rows or pairs, N]; w [E, N, inner].
 
     BY_TOKEN: x is [T, inner], read by each row's token; else [rows, inner].
     TO_PAIR: out is [T * K, N], written by pair and multiplied by the pair's routing weight.
+    SHORT: tiles whose rows fill no more than half of a block are computed at half the height.
     """
     if not LORA:
         pdl_wait(PDL)
@@ -36,50 +98,25 @@ def grouped_gemm_kernel(
     tiles = tl.load(num_blocks, cache_modifier=".cg") * tiles_n
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         block = tile // tiles_n
-        n = tile % tiles_n * BN + tl.arange(0, BN)
-        k_in_tile = tl.arange(0, BK)
+        n0 = tile % tiles_n * BN
         expert = tl.load(block_expert + block, cache_modifier=".cg").to(tl.int64)
         end_row = tl.load(block_end + block, cache_modifier=".cg")
-        row = block * BM + tl.arange(0, BM)
-        here = row < end_row
-        source = row
-        if BY_TOKEN:
-            pair = tl.load(sorted_pairs + row, mask=here, other=0, cache_modifier=".cg")
-            source = pair // top_k
-        x_row = x + source.to(tl.int64)[:, None] * x_stride
-        w_row = w + (expert * columns + n)[None, :] * inner
-        acc = tl.zeros([BM, BN], tl.float32)
-        for k0 in range(0, inner, BK):
-            k = k0 + k_in_tile
-            if EVEN:
-                xs = tl.load(x_row + k[None, :], mask=here[:, None], other=0.0)
-                ws = tl.load(w_row + k[:, None])
-            else:
-                inside = here[:, None] & (k < inner)[None, :]
-                xs = tl.load(x_row + k[None, :], mask=inside, other=0.0)
-                inside = (k < inner)[:, None] & (n < columns)[None, :]
-                ws = tl.load(w_row + k[:, None], mask=inside, other=0.0)
-            acc = tl.dot(xs, ws, acc, input_precision="ieee")
-        if LORA:
-            pdl_wait(PDL)
-            groups = tl.load(group_count + block)
-            for group in range(0, groups, EK // GROUP):
-                acc = add_groups(
-                    acc, s, row, block, groups, group, 0,
-                    group_b, group_rank, group_nth, group_first, group_end, list_length,
-                    pool, n, columns, s_stride, split_stride, ALIGNED, SPLITS, EK,
-                    x.dtype.element_ty,
-                )  # fmt: skip
-        if BIAS:
-            added = tl.load(bias + expert * columns + n, mask=n < columns, other=0.0)
-            acc += added.to(tl.float32)[None, :]
-        target = row
-        if TO_PAIR:
-            target = tl.load(sorted_pairs + row, mask=here, other=0, cache_modifier=".cg")
-            weight = tl.load(weights + target, mask=here, other=0.0).to(tl.float32)
-            acc *= weight[:, None]
-        place = out + target.to(tl.int64)[:, None] * out_stride + n[None, :]
-        tl.store(place, acc.to(out.dtype.element_ty), mask=here[:, None] & (n < columns)[None, :])
+        if SHORT and end_row - block * BM <= BM // 2:
+            _tile(
+                x, w, bias, weights, out, sorted_pairs, expert, block, block * BM, end_row, n0,
+                pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end,
+                list_length, s_stride, split_stride,
+                inner, columns, top_k, x_stride, out_stride, w_tiles,
+                BY_TOKEN, TO_PAIR, LORA, ALIGNED, SPLITS, EK, BIAS, EVEN, TMA, BM // 2, BN, BK, PDL,
+            )  # fmt: skip
+        else:
+            _tile(
+                x, w, bias, weights, out, sorted_pairs, expert, block, block * BM, end_row, n0,
+                pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end,
+                list_length, s_stride, split_stride,
+                inner, columns, top_k, x_stride, out_stride, w_tiles,
+                BY_TOKEN, TO_PAIR, LORA, ALIGNED, SPLITS, EK, BIAS, EVEN, TMA, BM, BN, BK, PDL,
+            )  # fmt: skip
     if LORA:
         pdl_wait(PDL)  # also programs that found no tile
         pdl_launch_dependents(PDL)

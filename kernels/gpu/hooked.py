@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..aligned import AlignedBatch
 from ..checks import check_token_slot, check_topk_ids
@@ -143,7 +144,7 @@ def grouped_gemm(
 
     With topk_weights [T, K], out is [T * K, N], written by pair and weighted.
     """
-    num_experts, columns, inner = w.shape
+    _, columns, inner = w.shape
     tiles_n = triton.cdiv(columns, tile.block_n)
     grid = (grid_size(rows.max_blocks * tiles_n, tile, x.device),)
     if grid[0] == 0:
@@ -151,12 +152,38 @@ def grouped_gemm(
     grouped_gemm_kernel[grid](
         x, w, x if bias is None else bias, x if topk_weights is None else topk_weights, out,
         *batch_args(rows), *expand_args(shrunk, rows.num_blocks),
-        inner, columns, rows.top_k, x.stride(0), out.stride(0),
+        inner, columns, rows.top_k, x.stride(0), out.stride(0), weight_tiles(w, tile),
         BY_TOKEN=by_token, TO_PAIR=topk_weights is not None, **expand_flags(shrunk, tile.expand_k),
-        BIAS=bias is not None, EVEN=inner % tile.block_k == 0 and columns % tile.block_n == 0,
-        BM=rows.block_size, BN=tile.block_n, BK=tile.block_k, PDL=USE_PDL,
-        num_warps=tile.warps, num_stages=tile.stages, launch_pdl=USE_PDL,
+        BIAS=bias is not None, **gemm_flags(tile, rows, inner, columns),
     )  # fmt: skip
+
+
+def uses_tma(tile: GemmTile, inner: int) -> bool:
+    """Steps have to be whole: rows of x are read without a bound on the inner dimension."""
+    return tile.tma and inner % tile.block_k == 0
+
+
+def weight_tiles(w: torch.Tensor, tile: GemmTile) -> TensorDescriptor | int:
+    """w [E, N, inner] for the copy engine, all experts' rows under each other."""
+    if not uses_tma(tile, w.shape[2]):
+        return 0
+    return TensorDescriptor.from_tensor(w.flatten(0, 1), [tile.block_n, tile.block_k])
+
+
+def gemm_flags(tile: GemmTile, rows: AlignedBatch, inner: int, columns: int) -> dict:
+    """A grouped GEMM's compile-time sizes and launch options."""
+    return {
+        "EVEN": inner % tile.block_k == 0 and columns % tile.block_n == 0,
+        "TMA": uses_tma(tile, inner),
+        "BM": rows.block_size,
+        "BN": tile.block_n,
+        "BK": tile.block_k,
+        "SHORT": tile.short and rows.block_size >= 64,
+        "PDL": USE_PDL,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "launch_pdl": USE_PDL,
+    }
 
 
 def combine(

@@ -109,63 +109,70 @@ def shrink_kernel(
     part = tl.cdiv(inner, SPLITS * BK) * BK
     first_k = split * part
     end_k = tl.minimum(first_k + part, inner)
-    for nth in range(program, count, PROGRAMS):
-        slot = tl.load(segment_slot + block * BM + nth)
+    # Runs of at most ROWS rows are shared out whole; in taller blocks each run's rows are.
+    SHARE_ROWS: tl.constexpr = ROWS < BM
+    for nth in range(0 if SHARE_ROWS else program, count, 1 if SHARE_ROWS else PROGRAMS):
         first, end = run_rows(nth, count, end_row, segment_first + block * BM)
-        entry = slot.to(tl.int64) * table_columns + column
-        a = tl.load(offset_a + entry)
-        b = tl.load(offset_b + entry)
-        fused = False
-        if KIND == GATE_UP:
-            gate = tl.load(ranks + entry * 3)
-            up = tl.load(ranks + entry * 3 + 1)
-            scale = tl.load(scales + entry * 3)
-            scale_up = tl.load(scales + entry * 3 + 1)
-            fused = (tl.load(layout + slot) & FUSED_BIT) != 0
-            rank = tl.where(fused, tl.maximum(gate, up), gate + up)
-        elif KIND == DOWN:
-            rank = tl.load(ranks + entry * 3 + 2)
-            scale = tl.load(scales + entry * 3 + 2)
-        else:
-            rank = tl.load(ranks + entry)
-            scale = tl.load(scales + entry)
-        rank = tl.where((a >= 0) & (b >= 0), rank, 0)
-        if ALIGNED:  # lets the compiler see that 16-byte loads are right
-            a = a // 8 * 8
-            rank = rank // 8 * 8
-        for first_row in range(first, end, ROWS):
-            row = first_row + tl.arange(0, ROWS)
-            here = row < end
-            source = row
-            if KIND != DOWN:
-                pair = tl.load(sorted_pairs + row, mask=here, other=0)
-                source = pair // top_k
-            x_row = x + source.to(tl.int64)[:, None] * x_stride
-            s_row = s + split.to(tl.int64) * split_stride + row.to(tl.int64)[:, None] * s_stride
-            s_row += projection * part_stride
-            for first_r in range(0, rank, BR):
-                r = first_r + tl.arange(0, BR)
-                acc = tl.zeros([ROWS, BR], tl.float32)
-                for k0 in range(first_k, end_k, BK):
-                    k = k0 + tl.arange(0, BK)
-                    xs = tl.load(x_row + k[None, :], mask=here[:, None] & (k < end_k)[None, :],
-                                 other=0.0)  # fmt: skip
-                    inside = (k < end_k)[:, None] & (r < rank)[None, :]
-                    if A_TRANSPOSED:
-                        factor = pool + a + k.to(tl.int64)[:, None] * rank + r[None, :]
+        step = ROWS
+        if SHARE_ROWS:
+            first += (program + nth) % PROGRAMS * ROWS
+            step = ROWS * PROGRAMS
+        if first < end:
+            slot = tl.load(segment_slot + block * BM + nth)
+            entry = slot.to(tl.int64) * table_columns + column
+            a = tl.load(offset_a + entry)
+            b = tl.load(offset_b + entry)
+            fused = False
+            if KIND == GATE_UP:
+                gate = tl.load(ranks + entry * 3)
+                up = tl.load(ranks + entry * 3 + 1)
+                scale = tl.load(scales + entry * 3)
+                scale_up = tl.load(scales + entry * 3 + 1)
+                fused = (tl.load(layout + slot) & FUSED_BIT) != 0
+                rank = tl.where(fused, tl.maximum(gate, up), gate + up)
+            elif KIND == DOWN:
+                rank = tl.load(ranks + entry * 3 + 2)
+                scale = tl.load(scales + entry * 3 + 2)
+            else:
+                rank = tl.load(ranks + entry)
+                scale = tl.load(scales + entry)
+            rank = tl.where((a >= 0) & (b >= 0), rank, 0)
+            if ALIGNED:  # lets the compiler see that 16-byte loads are right
+                a = a // 8 * 8
+                rank = rank // 8 * 8
+            for first_row in range(first, end, step):
+                row = first_row + tl.arange(0, ROWS)
+                here = row < end
+                source = row
+                if KIND != DOWN:
+                    pair = tl.load(sorted_pairs + row, mask=here, other=0)
+                    source = pair // top_k
+                x_row = x + source.to(tl.int64)[:, None] * x_stride
+                s_row = s + split.to(tl.int64) * split_stride + row.to(tl.int64)[:, None] * s_stride
+                s_row += projection * part_stride
+                for first_r in range(0, rank, BR):
+                    r = first_r + tl.arange(0, BR)
+                    acc = tl.zeros([ROWS, BR], tl.float32)
+                    for k0 in range(first_k, end_k, BK):
+                        k = k0 + tl.arange(0, BK)
+                        xs = tl.load(x_row + k[None, :], mask=here[:, None] & (k < end_k)[None, :],
+                                     other=0.0)  # fmt: skip
+                        inside = (k < end_k)[:, None] & (r < rank)[None, :]
+                        if A_TRANSPOSED:
+                            factor = pool + a + k.to(tl.int64)[:, None] * rank + r[None, :]
+                        else:
+                            factor = pool + a + r.to(tl.int64)[None, :] * inner + k[:, None]
+                        factors = tl.load(factor, mask=inside, other=0.0).to(xs.dtype)
+                        acc = tl.dot(xs, factors, acc, input_precision="ieee")
+                    dtype = s.dtype.element_ty
+                    if KIND == GATE_UP:
+                        # Gate's ranks first, then up's; one A for both gives both the same.
+                        to_gate = here[:, None] & (r < gate)[None, :]
+                        tl.store(s_row + r[None, :], (acc * scale).to(dtype), mask=to_gate)
+                        up_r = tl.where(fused, r, r - gate)
+                        to_up = here[:, None] & ((up_r >= 0) & (up_r < up) & (r < rank))[None, :]
+                        place = s_row + part_stride + up_r[None, :]
+                        tl.store(place, (acc * scale_up).to(dtype), mask=to_up)
                     else:
-                        factor = pool + a + r.to(tl.int64)[None, :] * inner + k[:, None]
-                    factors = tl.load(factor, mask=inside, other=0.0).to(xs.dtype)
-                    acc = tl.dot(xs, factors, acc, input_precision="ieee")
-                dtype = s.dtype.element_ty
-                if KIND == GATE_UP:
-                    # Gate's ranks first, then up's; one A for both gives both the same.
-                    to_gate = here[:, None] & (r < gate)[None, :]
-                    tl.store(s_row + r[None, :], (acc * scale).to(dtype), mask=to_gate)
-                    up_r = tl.where(fused, r, r - gate)
-                    to_up = here[:, None] & ((up_r >= 0) & (up_r < up) & (r < rank))[None, :]
-                    place = s_row + part_stride + up_r[None, :]
-                    tl.store(place, (acc * scale_up).to(dtype), mask=to_up)
-                else:
-                    inside = here[:, None] & (r < rank)[None, :]
-                    tl.store(s_row + r[None, :], (acc * scale).to(dtype), mask=inside)
+                        inside = here[:, None] & (r < rank)[None, :]
+                        tl.store(s_row + r[None, :], (acc * scale).to(dtype), mask=inside)

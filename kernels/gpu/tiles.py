@@ -1,12 +1,13 @@
 """Tile sizes: measured ones where a table has them, a heuristic elsewhere.
 
-A table is a JSON file named by GPU and layer shape, written by `python -m loraplex.kernels.gpu.tune`.
+A table is a JSON file named by GPU and layer shape, which `python -m loraplex.kernels.gpu.tune`
+writes.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,6 +28,8 @@ class GemmTile:
     persistent: int = 0
     # Ranks that LoRA's dot takes at a time, of several adapters together: a multiple of 16.
     expand_k: int = 32
+    tma: bool = False  # weights by the copy engine (Hopper and later; whole inner steps only)
+    short: bool = False  # half-filled blocks of 64 rows or more at half the height
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,7 @@ class MoeShape:
     @property
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return (
-            f"H{self.hidden}_I{self.intermediate}_E{self.num_experts}_K{self.top_k}_{dtype}"
-        )
+        return f"H{self.hidden}_I{self.intermediate}_E{self.num_experts}_K{self.top_k}_{dtype}"
 
 
 def heuristic(shape: MoeShape, num_tokens: int) -> MoeTiles:

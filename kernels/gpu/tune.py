@@ -50,15 +50,17 @@ def _gemm_tiles(block_m: int) -> list[GemmTile]:
             for n, k, warps, stages in (
                 (16, 128, 4, 4), (16, 256, 4, 3), (32, 64, 4, 5), (32, 128, 4, 3), (32, 128, 4, 4),
                 (32, 128, 2, 4), (32, 256, 4, 3), (64, 64, 4, 4), (64, 64, 4, 6), (64, 128, 4, 3),
-                (64, 128, 4, 4), (64, 128, 8, 3), (128, 64, 4, 4), (128, 64, 8, 4),
+                (64, 128, 4, 4), (64, 128, 8, 3), (128, 64, 4, 4), (64, 256, 4, 2),
             )
         ]  # fmt: skip
     return [
-        GemmTile(n, k, warps, stages, persistent)
-        for n, k, warps, stages, persistent in (
-            (64, 64, 4, 3, 0), (64, 64, 8, 4, 0), (128, 64, 4, 3, 0), (128, 64, 4, 4, 0),
-            (128, 64, 8, 3, 0), (128, 64, 8, 4, 0), (256, 64, 8, 3, 0), (256, 64, 8, 4, 0),
-            (128, 32, 8, 4, 0), (128, 64, 8, 3, 1), (128, 64, 8, 4, 1), (256, 64, 8, 3, 1),
+        GemmTile(n, k, warps, stages, persistent, tma=tma)
+        for n, k, warps, stages, persistent, tma in (
+            (64, 64, 4, 3, 0, False), (64, 64, 4, 3, 0, True), (128, 64, 4, 3, 0, False),
+            (128, 64, 8, 3, 0, False), (128, 64, 8, 4, 0, False), (128, 64, 8, 3, 0, True),
+            (128, 64, 8, 4, 0, True), (128, 64, 8, 4, 1, True), (256, 64, 8, 3, 0, False),
+            (256, 64, 8, 4, 0, False), (256, 64, 8, 3, 0, True), (256, 64, 8, 4, 0, True),
+            (256, 64, 8, 3, 1, True), (128, 128, 8, 2, 0, True),
         )
     ]  # fmt: skip
 
@@ -73,10 +75,11 @@ def _shrink_tiles(block_m: int) -> list[ShrinkTile]:
             )
         ]  # fmt: skip
     return [
-        ShrinkTile(groups, rows, k, 1, warps)
-        for groups, rows, k, warps in (
-            (1, 16, 128, 4), (2, 16, 128, 4), (4, 16, 128, 4), (1, 32, 128, 4), (2, 32, 64, 4),
-            (1, 64, 64, 4), (2, 64, 64, 4), (1, 128, 64, 4), (1, 128, 64, 8), (4, 16, 256, 4),
+        ShrinkTile(groups, rows, k, 1, warps, stages)
+        for groups, rows, k, warps, stages in (
+            (2, 16, 128, 4, 3), (4, 16, 128, 4, 3), (8, 16, 128, 4, 3), (4, 32, 128, 4, 3),
+            (4, 32, 64, 4, 4), (2, 32, 128, 4, 3), (2, 64, 64, 4, 3), (2, 64, 64, 4, 5),
+            (1, 128, 64, 4, 3), (1, 128, 64, 8, 4), (2, 64, 128, 4, 2),
         )
     ]  # fmt: skip
 
@@ -88,6 +91,11 @@ def _steps(block_m: int, adapters: int) -> list[tuple[str, Callable[[MoeTiles], 
         ("gate_up", lambda _: gemms),
         ("down", lambda _: gemms),
     ]
+    if block_m >= 64:
+        steps += [
+            ("gate_up", lambda best: [replace(best.gate_up, short=True)]),
+            ("down", lambda best: [replace(best.down, short=True)]),
+        ]
     if adapters:
         steps += [
             ("shrink_gate_up", lambda _: shrinks),
@@ -216,7 +224,9 @@ def tune(problem: Problem, num_tokens: int, adapters: int, verbose: bool) -> tup
                 us = _try(tiles, calls, say if verbose else "")
                 if us < best_us:
                     best, best_us = tiles, us
-        print(f"  T={num_tokens} adapters={adapters} block_m={block_m}: {best_us:.1f} us", flush=True)
+        print(
+            f"  T={num_tokens} adapters={adapters} block_m={block_m}: {best_us:.1f} us", flush=True
+        )
         if overall is None or best_us < overall[1]:
             overall = best, best_us
     assert overall is not None
