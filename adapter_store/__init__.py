@@ -27,6 +27,7 @@ from .pack import Pack
 from .pack_layout import PACK_VERSION, DenseEntry, ExpertEntry, PackLayer
 from .pack_writer import write_pack
 from .peft_format import AdapterFormat, LoadedAdapter, load_adapter
+from .quoting import show
 
 __all__ = [
     "DIGEST_VERSION",
@@ -58,6 +59,7 @@ __all__ = [
     "check_name",
     "load_adapter",
     "make_pack",
+    "show",
     "split_version",
     "write_pack",
 ]
@@ -65,7 +67,7 @@ __all__ = [
 # Store: where adapters, tenants and keys are kept.
 from .catalogue import Catalogue
 from .catalogue_document import BlobNeeded
-from .disk_tier import DiskTier
+from .disk_tier import DiskTier, PackPin
 from .documents import Document, Record
 from .documents import create as create_document
 from .documents import read as read_document
@@ -126,6 +128,7 @@ __all__ += [
     "NotFound",
     "ObjectInfo",
     "ObjectStore",
+    "PackPin",
     "PreconditionFailed",
     "Publisher",
     "Record",

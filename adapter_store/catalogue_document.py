@@ -6,6 +6,7 @@ from pydantic import Field
 
 from .documents import Document
 from .errors import AdapterNotFound, LimitExceeded
+from .quoting import show
 from .records import AdapterAlias, AdapterVersion, TenantLimits, VersionMeta
 
 # Older versions of an adapter are forgotten beyond this many; the current one never.
@@ -106,7 +107,7 @@ class CatalogueDocument(Document):
         """Raises AdapterNotFound."""
         alias = self.adapters.get(name)
         if alias is None:
-            raise AdapterNotFound(f"there is no adapter {name!r}")
+            raise AdapterNotFound(f"there is no adapter {show(name)}")
         return alias
 
     def blobs(self) -> set[Blob]:

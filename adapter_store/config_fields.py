@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import AdapterRefused
 from .patterns import Pattern, PatternError, PatternTable
-from .safetensors_header import safe_key, show
+from .quoting import printable, safe_key, show
 
 MAX_RANK = 256
 MAX_CONFIG_BYTES = 8 * 1024 * 1024
@@ -77,7 +77,7 @@ def load_fields(raw: bytes) -> dict[str, Any]:
     # RecursionError: JSON nested deeper than the interpreter's stack.
     except (ValueError, RecursionError) as error:
         raise AdapterRefused(
-            "bad_config", f"adapter_config.json isn't valid JSON: {show(str(error))}"
+            "bad_config", f"adapter_config.json isn't valid JSON: {printable(str(error))}"
         ) from None
     if not isinstance(fields, dict):
         raise AdapterRefused("bad_config", "adapter_config.json isn't a JSON object")

@@ -2,8 +2,8 @@
 
 The folder is the only state. A pack is `<tenant>/<digest>.pack`, put there by a rename once it was
 checked; its access time says when it was last wanted. A pin is a shared lock on the file, so that
-other processes see it, and it ends with its holder. Evicting a pack that somebody has mapped is
-harmless all the same: the mapping keeps the bytes.
+other processes see it, and it ends with its holder. Who has mapped a pack needs none: the mapping
+keeps the bytes of an evicted file. A pin is for who has told others of its path.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 
 from .blobs import Blobs
@@ -28,15 +27,39 @@ from .tenants import check_tenant_id
 _SUFFIX = ".pack"
 _PARTIAL = ".partial"
 _LOCKS = ".locks"
+# Pins are held for seconds: a fetch waits for them rather than fail.
+_PINNED_S = 20.0
+_POLL_S = 0.05
 
 Location = tuple[Path, str]
 Identity = tuple[int, int, int]  # inode, bytes, modification time: of a file that was checked
 
 
-@dataclass
-class _Pin:
-    fd: int
-    count: int
+class PackPin:
+    """Keeps a pack on the disk, against all processes, until it is closed. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Args:
+            path: as `DiskTier.ensure` gave it.
+
+        Raises:
+            FileNotFoundError: it isn't on the disk any more.
+        """
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(self._fd, fcntl.LOCK_SH)
+        if not _is_same(self._fd, path):  # evicted between open and lock
+            self.close()
+            raise FileNotFoundError(errno.ENOENT, "the pack was evicted", str(path))
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __enter__(self) -> PackPin:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 class DiskTier:
@@ -56,7 +79,6 @@ class DiskTier:
         self._lock = threading.Lock()
         self._flights: dict[str, Future[Location]] = {}
         self._verified: dict[str, Identity] = {}
-        self._pins: dict[str, _Pin] = {}
         with self._disk_errors():
             (self._folder / _LOCKS).mkdir(parents=True, exist_ok=True)
             self._remove_abandoned()
@@ -74,7 +96,7 @@ class DiskTier:
         Raises:
             NotFound: the store doesn't have it (the adapter was deleted).
             AdapterCorrupt: the stored pack is damaged.
-            LocalDiskError: no room for it, or the folder can't be written.
+            LocalDiskError: no room for it beside what is pinned, or the folder can't be written.
             StoreUnavailable: it isn't on the disk and the store can't be reached.
         """
         key = _key(tenant_id, digest)
@@ -94,44 +116,16 @@ class DiskTier:
                     del self._flights[key]
         return flight.result()
 
-    def pin(self, key: str) -> None:
-        """Keeps a resident pack from being evicted until as many `unpin`.
-
-        Raises:
-            KeyError: it isn't on the disk.
-        """
-        with self._lock:
-            pin = self._pins.get(key)
-            if pin is not None:
-                pin.count += 1
-                return
-            path = self._path(key)
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                raise KeyError(f"{key} isn't on the disk") from None
-            fcntl.flock(fd, fcntl.LOCK_SH)
-            if not _is_same(fd, path):  # evicted between open and lock
-                os.close(fd)
-                raise KeyError(f"{key} isn't on the disk")
-            self._pins[key] = _Pin(fd, 1)
-
-    def unpin(self, key: str) -> None:
-        """Undoes one `pin`. Raises KeyError when there is none."""
-        with self._lock:
-            pin = self._pins[key]
-            pin.count -= 1
-            if pin.count == 0:
-                del self._pins[key]
-                os.close(pin.fd)
-
     def resident(self) -> dict[str, int]:
         """Bytes of every pack on the disk, by key."""
         return {_key_of(path): stat.st_size for path, stat in self._packs()}
 
     def remove(self, key: str) -> None:
-        """Drops a pack, pinned or not; one that isn't there is no error."""
-        self._path(key).unlink(missing_ok=True)
+        """Drops a pack unless it is pinned, for which `resident` tells whether to try again.
+
+        One that isn't there is no error.
+        """
+        _evict(self._path(key))
 
     def _ensure(self, tenant_id: str, digest: str) -> Location:
         key = _key(tenant_id, digest)
@@ -189,18 +183,25 @@ class DiskTier:
                 f"an adapter of {nbytes} bytes doesn't fit into the {self._max_bytes} bytes of "
                 f"the disk cache {self._folder}; make it larger"
             )
+        deadline = time.monotonic() + _PINNED_S
+        while not self._evict_for(nbytes):
+            if time.monotonic() > deadline:
+                raise LocalDiskError(
+                    f"no room for {nbytes} bytes in the disk cache {self._folder}: all of its "
+                    f"{self._max_bytes} bytes are in use; make it larger"
+                )
+            time.sleep(_POLL_S)
+
+    def _evict_for(self, nbytes: int) -> bool:
+        """Evicts the least recently wanted until `nbytes` more fit; False when pins forbid it."""
         packs = sorted(self._packs(), key=lambda item: item[1].st_atime_ns)
         total = nbytes + sum(stat.st_size for _, stat in packs)
         for path, stat in packs:
             if total <= self._max_bytes:
-                return
+                break
             if _evict(path):
                 total -= stat.st_size
-        if total > self._max_bytes:
-            raise LocalDiskError(
-                f"no room for {nbytes} bytes in the disk cache {self._folder}: all of its "
-                f"{self._max_bytes} bytes are in use; make it larger"
-            )
+        return total <= self._max_bytes
 
     def _packs(self) -> Iterator[tuple[Path, os.stat_result]]:
         for path in self._folder.glob(f"*/*{_SUFFIX}"):

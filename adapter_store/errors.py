@@ -37,8 +37,8 @@ class AdapterRefused(AdapterStoreError):
 
 
 REFUSAL_CODES = {
-    "not_safetensors": "the weights file isn't safetensors (a pickle, a zip, cut short, ...)",
-    "bad_header": "the safetensors header contradicts itself or the file",
+    "not_safetensors": "the weights file isn't safetensors: a pickle, a zip, less than a header",
+    "bad_header": "the safetensors header contradicts itself, or the file, which may be cut short",
     "bad_config": "adapter_config.json can't be read, or a field has a value it can't have",
     "unsupported_peft_type": "another PEFT method than LoRA",
     "unsupported_feature": "a LoRA variant or training option that isn't served",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .config_fields import MAX_RANK
 from .errors import AdapterRefused
-from .safetensors_header import TensorInfo, safe_key, show
+from .quoting import safe_key, show
+from .safetensors_header import TensorInfo
 
 Pair = tuple[TensorInfo, TensorInfo]  # A, B
 

@@ -18,7 +18,8 @@ from .errors import AdapterRefused
 from .factor_checks import Pair, check_rank, not_targeted, wrong_shape
 from .peft_config import PeftConfig
 from .peft_keys import FusedSite
-from .safetensors_header import TensorInfo, safe_key, show
+from .quoting import safe_key, show
+from .safetensors_header import TensorInfo
 from .weights_file import WeightsFile
 
 Parameter = Literal["gate_up_proj", "down_proj"]

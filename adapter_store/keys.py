@@ -12,6 +12,7 @@ from .documents import Document, create, read, update
 from .errors import KeyNotFound, LimitExceeded, NotFound, TenantNotFound
 from .generation import Generation
 from .object_store import ObjectStore
+from .quoting import show
 from .records import KeyRecord
 from .tenants import KeyEntry, TenantDocument, Tenants
 
@@ -94,7 +95,7 @@ class Keys:
         """Raises KeyNotFound, TenantNotFound."""
         entry = self._tenants.document(tenant_id).keys.get(key_id)
         if entry is None:
-            raise KeyNotFound(f"tenant {tenant_id} has no key {ascii(key_id)[1:-1][:80]!r}")
+            raise KeyNotFound(f"tenant {tenant_id} has no key {show(key_id)}")
 
         def remove(document: TenantDocument) -> None:
             document.keys.pop(key_id, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from .errors import InvalidName
+from .quoting import show
 
 NAME_RULE = (
     "1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit, "
@@ -24,7 +25,7 @@ def check_name(name: str, kind: str = "adapter") -> str:
         InvalidName: it isn't; the message states the rule.
     """
     if not _NAME.fullmatch(name) or ".." in name or name.endswith("."):
-        raise InvalidName(f"{kind} name {ascii(name)[:80]} isn't allowed; a name is {NAME_RULE}")
+        raise InvalidName(f"{kind} name {show(name)} isn't allowed; a name is {NAME_RULE}")
     return name
 
 
@@ -40,7 +41,7 @@ def split_version(reference: str) -> tuple[str, int | None]:
         return name, None
     if not _VERSION.fullmatch(version):
         raise InvalidName(
-            f"version {ascii(version)[:80]} of adapter {name!r} isn't allowed; it is a positive "
+            f"version {show(version)} of adapter {show(name)} isn't allowed; it is a positive "
             "number, as in name@3"
         )
     return name, int(version)

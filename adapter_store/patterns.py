@@ -16,6 +16,7 @@ from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 from .errors import AdapterRefused
+from .quoting import show
 
 MAX_PATTERN_CHARS = 512
 MAX_PATTERNS = 64  # that hold more than letters, digits, '_' and '.'
@@ -250,11 +251,11 @@ class PatternTable:
                 self._plain.setdefault((len(text), dots), {}).setdefault(text, order)
                 continue
             if len(self._general) == MAX_PATTERNS:
-                raise PatternError(f"{ascii(text)[:200]} is one of more than {MAX_PATTERNS}")
+                raise PatternError(f"{show(text)} is one of more than {MAX_PATTERNS}")
             try:
                 self._general.append((order, Pattern(rf"(.*\.)?({text})$", budget)))
             except PatternError as error:
-                raise PatternError(f"{ascii(text)[:200]} {error}") from None
+                raise PatternError(f"{show(text)} {error}") from None
 
     def get(self, name: str, default: float) -> float:
         """The value of the first pattern that fits `name`."""

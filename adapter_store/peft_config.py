@@ -31,7 +31,7 @@ from .config_fields import (
 )
 from .errors import AdapterRefused
 from .patterns import Pattern, PatternTable
-from .safetensors_header import show
+from .quoting import show
 
 # The expert projections under their unfused names, and the fused parameter that holds each.
 _FUSED_PARAMETER = {

@@ -19,7 +19,8 @@ from .factor_checks import Pair, check_pair, duplicate, not_targeted, wrong_shap
 from .fused_experts import check_fused, split
 from .peft_config import PeftConfig, parse_config
 from .peft_keys import DenseSite, ExpertSite, FusedSite, Side, Site, parse_key
-from .safetensors_header import TensorInfo, safe_key, show
+from .quoting import safe_key, show
+from .safetensors_header import TensorInfo
 from .weights_file import WeightsFile, check_dtype
 
 AdapterFormat = Literal["attention", "per_expert", "fused", "per_expert+fused"]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from .base_model import BaseModel
 from .errors import AdapterRefused
-from .safetensors_header import safe_key, show
+from .quoting import safe_key, show
 
 Side = Literal["A", "B"]
 

@@ -11,6 +11,7 @@ from . import layout
 from .errors import AdapterRefused, InvalidName, NotFound, StoreUnavailable, UploadNotFound
 from .layout import quarantine_keys
 from .object_store import ObjectStore
+from .quoting import show
 from .tenants import check_tenant_id
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def check_upload_id(tenant_id: str, upload_id: str) -> None:
     check_tenant_id(tenant_id)
     if not _UPLOAD_ID.fullmatch(upload_id):
         raise InvalidName(
-            f"upload id {ascii(upload_id)[:80]} isn't allowed; it is 1 to 64 of a-z, A-Z, 0-9, "
+            f"upload id {show(upload_id)} isn't allowed; it is 1 to 64 of a-z, A-Z, 0-9, "
             "'_' and '-'"
         )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import AdapterRefused
+from .quoting import printable, safe_key, show
 
 # 48 layers x 128 experts x 3 projections x 2 factors are 37 thousand keys and 5 MB of header.
 MAX_HEADER_BYTES = 32 * 1024 * 1024
@@ -83,17 +84,6 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         return _read(file, os.fstat(file.fileno()).st_size)
 
 
-def show(name: object) -> str:
-    """A name from an upload, safe to put into a message: ASCII, quoted, bounded."""
-    text = ascii(name)
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def safe_key(name: str) -> str:
-    """A tensor's name as it may travel in an error: unchanged when plain, else escaped and cut."""
-    return name if name.isascii() and name.isprintable() and len(name) <= 200 else show(name)
-
-
 def _read(file: BinaryIO, file_bytes: int) -> Header:
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
@@ -137,12 +127,16 @@ def parse_header(raw: bytes, file_bytes: int) -> Header:
             problem = "overlaps the tensor before it" if info.start < at else "leaves a gap"
             raise _bad(info.name, f"its data starts at {info.start - data_start} and {problem}")
         at = info.end
-        if at > file_bytes:
-            raise _bad(
-                info.name,
-                f"its data ends at byte {at} of the file, which has {file_bytes} bytes",
-            )
-    if at != file_bytes:
+    if at > file_bytes:
+        cut = next(info.name for info in infos if info.end > file_bytes)
+        raise AdapterRefused(
+            "bad_header",
+            f"the weights file is cut short: it has {file_bytes} bytes, and by its header {at}; "
+            f"tensor {show(cut)} is the first that isn't whole. Upload all of "
+            "adapter_model.safetensors",
+            safe_key(cut),
+        )
+    if at < file_bytes:
         raise AdapterRefused(
             "bad_header", f"{file_bytes - at} bytes at the end of the file belong to no tensor"
         )
@@ -157,7 +151,7 @@ def _load_json(raw: bytes) -> dict[str, Any]:
     # RecursionError: JSON nested deeper than the interpreter's stack.
     except (ValueError, RecursionError) as error:
         raise AdapterRefused(
-            "bad_header", f"the safetensors header isn't valid JSON: {ascii(str(error))[1:200]}"
+            "bad_header", f"the safetensors header isn't valid JSON: {printable(str(error))}"
         ) from None
     if not isinstance(entries, dict):
         raise AdapterRefused("bad_header", "the safetensors header isn't a JSON object")

@@ -15,6 +15,7 @@ from .errors import NotFound, TenantExists, TenantNotFound
 from .generation import Generation
 from .names import check_name
 from .object_store import ObjectStore
+from .quoting import show
 from .records import Tenant, TenantLimits
 
 READ_THREADS = 8
@@ -192,4 +193,4 @@ def check_tenant_id(tenant_id: str) -> None:
 
 
 def no_tenant(tenant_id: str) -> TenantNotFound:
-    return TenantNotFound(f"there is no tenant {ascii(tenant_id)[1:-1][:80]!r}")
+    return TenantNotFound(f"there is no tenant {show(tenant_id)}")

@@ -10,7 +10,8 @@ import numpy as np
 
 from .canonical import NUMPY_DTYPES
 from .errors import AdapterRefused
-from .safetensors_header import TensorInfo, read_header, safe_key, show
+from .quoting import safe_key, show
+from .safetensors_header import TensorInfo, read_header
 
 # Exponent bits: all ones mean infinite or NaN.
 _EXPONENT = {"F32": np.uint32(0x7F800000), "F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}

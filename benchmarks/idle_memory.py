@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+from loraplex.cluster.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 READY_S = 300.0
@@ -64,9 +64,7 @@ def measure(root: psutil.Process) -> dict[str, dict[str, float]]:
 
 
 def start(data: Path, log: Path, args: list[str]) -> subprocess.Popen[bytes]:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    command = [sys.executable, "-m", "loraplex.cluster.cli", "up", "--port", str(port)]
+    command = [sys.executable, "-m", "loraplex.cluster.cli", "up", "--port", str(free_port())]
     with log.open("wb") as out:
         return subprocess.Popen(
             [*command, "--data-dir", str(data), *args],

@@ -7,8 +7,6 @@ import threading
 import time
 from typing import Any
 
-import ray
-
 from ..adapter_store import (
     AdapterRefused,
     AdapterStoreError,
@@ -21,12 +19,12 @@ from ..adapter_store import (
     sweep,
 )
 from .adapter_json import version_json
-from .settings import RAY_NAMESPACE, Settings
+from .named_actors import INGEST_NAME, start_named
+from .settings import Settings
 from .uploads import Uploads
 
 logger = logging.getLogger(__name__)
 
-INGEST_ACTOR = "ingest"
 INGEST_CPUS = 0.1
 _SWEEP_EVERY_S = 3600.0
 
@@ -116,13 +114,11 @@ def make_uploads(settings: Settings, store: ObjectStore) -> Uploads:
 
 def start_ingest(settings: Settings, base_model: BaseModel) -> Any:
     """The cluster's ingest actor, started if there is none."""
-    actor = ray.remote(IngestWorker).options(
-        name=INGEST_ACTOR,
-        namespace=RAY_NAMESPACE,
-        get_if_exists=True,
-        lifetime="detached",
-        max_restarts=-1,
-        max_concurrency=settings.ingest_concurrency,
+    return start_named(
+        INGEST_NAME,
+        IngestWorker,
+        settings,
+        base_model.to_json(),
         num_cpus=INGEST_CPUS,
+        max_concurrency=settings.ingest_concurrency,
     )
-    return actor.remote(settings, base_model.to_json())

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from .limiter import Lease, Limiter, Rates
+from .limiter import Ask, Lease, Limiter, Rates
 
 logger = logging.getLogger(__name__)
 
@@ -20,15 +20,7 @@ KEEP_S = 5.0  # an unused chunk goes back after this
 class RemoteLimiter(Protocol):
     """The limiter actor. Any exception means that it can't be reached."""
 
-    async def lease(
-        self,
-        tenant_id: str,
-        rates: Rates,
-        requests: int,
-        tokens: int,
-        extra_requests: int,
-        extra_tokens: int,
-    ) -> Lease: ...
+    async def lease(self, tenant_id: str, rates: Rates, ask: Ask) -> Lease: ...
 
     async def give_back(self, tenant_id: str, requests: int, tokens: int) -> None: ...
 
@@ -144,23 +136,21 @@ class LocalLeases:
             owed, purse.tokens = purse.tokens, 0
             await self._give_back(tenant_id, 0, owed)
         # What is still held goes towards the need.
-        need = (
+        ask = Ask(
             max(0, requests - purse.requests) if rates.requests_per_minute is not None else 0,
             max(0, tokens - purse.tokens) if rates.tokens_per_minute is not None else 0,
-        )
-        extra = (
             int(CHUNK_SHARE * (rates.requests_per_minute or 0)),
             int(CHUNK_SHARE * (rates.tokens_per_minute or 0)),
         )
         try:
-            lease = await self._remote.lease(tenant_id, rates, *need, *extra)
+            lease = await self._remote.lease(tenant_id, rates, ask)
             self._warned = False
             return lease
         except Exception as error:
             if not self._warned:
                 logger.warning("the limiter can't be reached, limits are kept here: %r", error)
                 self._warned = True
-            return self._fallback.lease(tenant_id, rates, *need, *extra)
+            return self._fallback.lease(tenant_id, rates, ask)
 
     async def _empty(self, tenant_id: str, purse: _Purse) -> None:
         requests, tokens = purse.requests, purse.tokens

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 MINUTE_S = 60.0
 IDLE_S = 3600.0  # a tenant's full buckets are forgotten after this
@@ -74,6 +73,16 @@ class TokenBucket:
 
 
 @dataclass(frozen=True)
+class Ask:
+    """What a gateway wants to lease: what it needs now, and more to come if it is to be had."""
+
+    requests: int
+    tokens: int
+    extra_requests: int = 0
+    extra_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class Lease:
     """What a gateway may spend without asking again; all zero when `wait_s` is above zero.
 
@@ -86,13 +95,6 @@ class Lease:
     tokens: int | None = None
     requests_left: int | None = None
     tokens_left: int | None = None
-
-    def to_wire(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_wire(cls, msg: dict[str, Any]) -> Lease:
-        return cls(**msg)
 
 
 class Limiter:
@@ -108,15 +110,7 @@ class Limiter:
         self._tokens: dict[str, TokenBucket] = {}
         self._used: dict[str, float] = {}  # tenant -> last use, oldest first
 
-    def lease(
-        self,
-        tenant_id: str,
-        rates: Rates,
-        requests: int,
-        tokens: int,
-        extra_requests: int = 0,
-        extra_tokens: int = 0,
-    ) -> Lease:
+    def lease(self, tenant_id: str, rates: Rates, ask: Ask) -> Lease:
         """Takes what is needed, and up to the extra amounts if the buckets hold them.
 
         Returns:
@@ -127,16 +121,16 @@ class Limiter:
         by_request = _bucket(self._requests, tenant_id, rates.requests_per_minute, now)
         by_token = _bucket(self._tokens, tenant_id, rates.tokens_per_minute, now)
         wait_s = max(
-            by_request.wait(requests, now) if by_request else 0.0,
-            by_token.wait(tokens, now) if by_token else 0.0,
+            by_request.wait(ask.requests, now) if by_request else 0.0,
+            by_token.wait(ask.tokens, now) if by_token else 0.0,
         )
         if wait_s > 0:
             return Lease(
                 wait_s, requests_left=_left(by_request, now), tokens_left=_left(by_token, now)
             )
         return Lease(
-            requests=_take(by_request, requests, extra_requests, now),
-            tokens=_take(by_token, tokens, extra_tokens, now),
+            requests=_take(by_request, ask.requests, ask.extra_requests, now),
+            tokens=_take(by_token, ask.tokens, ask.extra_tokens, now),
             requests_left=_left(by_request, now),
             tokens_left=_left(by_token, now),
         )

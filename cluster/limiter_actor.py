@@ -5,44 +5,19 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import ray
+from .limiter import Limiter
+from .named_actors import LIMITER_NAME, start_named
 
-from .limiter import Lease, Limiter, Rates
-from .settings import RAY_NAMESPACE
-
-LIMITER_ACTOR = "limiter"
 LIMITER_CPUS = 0.05
 
 
-class LimiterWorker:
+class LimiterWorker(Limiter):
     """`Limiter` on this process's clock. A restart begins with full buckets."""
 
     def __init__(self) -> None:
-        self._limiter = Limiter(time.monotonic)
-
-    def lease(
-        self,
-        tenant_id: str,
-        rates: Rates,
-        requests: int,
-        tokens: int,
-        extra_requests: int,
-        extra_tokens: int,
-    ) -> Lease:
-        return self._limiter.lease(tenant_id, rates, requests, tokens, extra_requests, extra_tokens)
-
-    def give_back(self, tenant_id: str, requests: int, tokens: int) -> None:
-        self._limiter.give_back(tenant_id, requests, tokens)
+        super().__init__(time.monotonic)
 
 
 def start_limiter() -> Any:
     """The cluster's limiter actor, started if there is none."""
-    actor = ray.remote(LimiterWorker).options(
-        name=LIMITER_ACTOR,
-        namespace=RAY_NAMESPACE,
-        get_if_exists=True,
-        lifetime="detached",
-        max_restarts=-1,
-        num_cpus=LIMITER_CPUS,
-    )
-    return actor.remote()
+    return start_named(LIMITER_NAME, LimiterWorker, num_cpus=LIMITER_CPUS)

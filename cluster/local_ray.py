@@ -7,7 +7,6 @@ import ipaddress
 import logging
 import os
 import secrets
-import socket
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ import psutil
 
 from .errors import ClusterError
 from .settings import RAY_NAMESPACE, Settings
+from .up_checks import port_in_use
 
 # Only task arguments pass through it; Ray asks for at least 75 MiB.
 OBJECT_STORE_BYTES = 80 << 20
@@ -108,17 +108,32 @@ def daemons() -> list[psutil.Process]:
     return [p for p in psutil.Process().children() if p.name() in names]
 
 
-def start_serve(settings: Settings) -> None:
-    """Starts Ray Serve's controller and its HTTP proxy on the head node."""
+def start_serve(settings: Settings, logs: Path) -> None:
+    """Starts Ray Serve's controller and its HTTP proxy on the head node.
+
+    Raises:
+        CheckError: somebody has taken the proxy's port since it was checked.
+        RayStartError: with the folder of its logs.
+    """
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     host = "0.0.0.0" if settings.haproxy and not is_loopback(settings.host) else settings.host
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": host, "port": settings.port},
-        logging_config={"encoding": "TEXT", "log_level": "WARNING", "enable_access_log": False},
-    )
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": host, "port": settings.port},
+            logging_config={
+                "encoding": "TEXT",
+                "log_level": "WARNING",
+                "enable_access_log": False,
+            },
+        )
+    except Exception as error:
+        reason = str(getattr(error, "cause", error))  # without the proxy's own traceback
+        if reason.startswith("Failed to bind"):
+            raise port_in_use(settings.host, settings.port) from error
+        raise RayStartError(f"Ray Serve did not start: {reason}. Its logs are in {logs}") from error
 
 
 def stop_ray(stop_serve: bool = True) -> None:
@@ -166,8 +181,3 @@ def _quietly(call: Any) -> Any:
             logging.getLogger(__name__).debug("while stopping", exc_info=True)
 
     return run
-
-
-def free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as server:
-        return server.getsockname()[1]

@@ -20,6 +20,7 @@ from . import local_ray
 from .errors import ClusterError
 from .local_dir import DataDir, make_run_dir, ray_dir
 from .local_watchdog import Watchdog
+from .ports import free_port
 from .settings import Settings
 from .up_checks import gpu_count
 from .up_steps import Note, Steps
@@ -123,10 +124,9 @@ class LocalRun:
 
         with self.steps.step("Ray Serve"):
             if self.settings.port == 0:
-                port = local_ray.free_port(self.settings.host)
-                self.settings = self.settings.changed(port=port)
+                self.settings = self.settings.changed(port=free_port(self.settings.host))
             self.settings = self.settings.with_cluster_secret()
-            local_ray.start_serve(self.settings)
+            local_ray.start_serve(self.settings, self.data.ray_logs)
         self.check_stop()
         with self.steps.step("controller"):
             serve_app.start_actors(self.settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,9 @@ from .settings import Settings
 
 if TYPE_CHECKING:
     from ..workers import EngineConfig, EngineLike
+
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -82,4 +86,19 @@ def dtype_of(settings: Settings) -> str:
     """The numbers that a rank computes in."""
     if settings.dtype != "auto":
         return settings.dtype
-    return "bfloat16" if settings.device == "cuda" else "float32"
+    if settings.device != "cuda":
+        return "float32"
+    return _checkpoint_dtype(settings.model_path) or "bfloat16"
+
+
+def _checkpoint_dtype(folder: Path | None) -> str | None:
+    """What config.json says of the weights' numbers; None when it says nothing that is served."""
+    try:
+        config = json.loads((folder / "config.json").read_text()) if folder else {}
+    except (OSError, ValueError):
+        return None  # whoever loads the model says what is wrong with it
+    for name in ("dtype", "torch_dtype"):  # the second is what transformers 4 wrote
+        value = str(config.get(name)).removeprefix("torch.")
+        if value in DTYPE_BYTES:
+            return value
+    return None

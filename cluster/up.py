@@ -14,12 +14,10 @@ from ..adapter_store import BaseModel, Catalogue, ObjectStore
 from . import up_checks
 from .cli_tables import print_table
 from .local_run import LocalRun, Stopped
-from .rank_program import dtype_of
+from .rank_program import DTYPE_BYTES, dtype_of
 from .settings import Settings
 from .up_demo import Demo, DemoAdapter, DemoTenant, seed
 from .up_steps import Steps
-
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def up(settings: Settings, console: Console) -> None:
@@ -35,7 +33,7 @@ def up(settings: Settings, console: Console) -> None:
     settings = up_checks.choose_device(settings.changed(model_path=demo.model))
     values: dict[str, Any] = {"served_model_name": settings.served_model_name or demo.base_name}
     if "pool_bytes" not in given:
-        values["pool_bytes"] = demo.pool_bytes(_BYTES[dtype_of(settings)])
+        values["pool_bytes"] = demo.pool_bytes(DTYPE_BYTES[dtype_of(settings)], settings.groups)
     settings = settings.changed(**values)
     with _Run(settings, console, demo.model) as run:
         run.start_store()

@@ -38,13 +38,18 @@ def check_port(host: str, port: int) -> None:
         except OSError as error:
             reason = error
     if reason.errno == errno.EADDRINUSE:
-        raise CheckError(
-            f"port {port} on {host} is in use{_user_of(port)}. Choose another with --port or "
-            "LORAPLEX_PORT"
-        )
+        raise port_in_use(host, port)
     raise CheckError(
         f"cannot listen on {host}:{port}: {reason.strerror or reason}. Choose another address "
         "with --host or LORAPLEX_HOST, or another port with --port or LORAPLEX_PORT"
+    )
+
+
+def port_in_use(host: str, port: int) -> CheckError:
+    """The error to raise, with the process that has the port if it can be seen."""
+    return CheckError(
+        f"port {port} on {host} is in use{_user_of(port)}. Choose another with --port or "
+        "LORAPLEX_PORT"
     )
 
 
@@ -170,7 +175,9 @@ def choose_device(settings: Settings) -> Settings:
             f"LORAPLEX_DEVICE=cuda, but torch {metadata.version('torch')} is built without CUDA. "
             "Install it again without a CPU index"
         )
-    if settings.tp > gpus or (settings.device == "cuda" and need > gpus):
+    # Groups that nobody asked for are as many as fit.
+    asked = settings.device == "cuda" and "groups" in settings.model_fields_set
+    if settings.tp > gpus or (asked and need > gpus):
         raise CheckError(
             f"{settings.groups} group(s) of {settings.tp} rank(s) need {need} GPUs, there are "
             f"{gpus}. Use fewer (--groups, --tp), or LORAPLEX_DEVICE=cpu"

@@ -12,9 +12,9 @@ from .errors import ClusterError
 from .up_steps import Note
 
 KEY_LABEL = "demo"
-# Of what all four adapters together need. Less than half: two groups together don't hold them all,
-# so that serving them in turn really pages.
-_POOL_SHARE = 0.45
+# Of what all four adapters together need, in the pools of all groups: they don't hold them all, so
+# that serving them in turn really pages.
+_POOL_SHARE = 0.9
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -79,8 +79,8 @@ class Demo:
                 adapter_files(adapter.folder)
         return demo
 
-    def pool_bytes(self, dtype_bytes: int) -> int:
-        """A pool that holds the largest adapter but not all four at once.
+    def pool_bytes(self, dtype_bytes: int, groups: int) -> int:
+        """A group's pool: it holds the largest adapter, but all pools together not all four.
 
         Args:
             dtype_bytes: of a number in the pool; the files hold bfloat16.
@@ -90,7 +90,7 @@ class Demo:
             for tenant in self.tenants
             for a in tenant.adapters
         ]
-        return max(int(sum(sizes) * _POOL_SHARE), int(max(sizes) * 1.05))
+        return max(int(sum(sizes) * _POOL_SHARE / groups), int(max(sizes) * 1.05))
 
 
 def _tenant(folder: Path, raw: dict[str, Any]) -> DemoTenant:

@@ -16,6 +16,7 @@ from ..adapter_store import (
     create_document,
     quarantine_keys,
     read_document,
+    show,
     stage_upload,
     update_document,
 )
@@ -156,5 +157,5 @@ def _key(tenant_id: str, upload_id: str) -> str:
 
 def _checked_key(tenant_id: str, upload_id: str) -> str:
     if not _ID.fullmatch(upload_id):  # it becomes a key
-        raise NotFound(f"{ascii(upload_id)[:80]} is no upload's id")
+        raise NotFound(f"{show(upload_id)} is no upload's id")
     return _key(tenant_id, upload_id)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import ray
 from ray import serve
 from ray.util import get_current_placement_group
 
@@ -21,18 +19,13 @@ from ..workers import (
     RankProgram,
 )
 from .metrics import EngineMetrics, MetricsServer, new_registry, serve_metrics
+from .named_actors import CONTROLLER_NAME, NamedActor
 from .replica_address import listen_on_node_address
-from .settings import RAY_NAMESPACE
 
 log = logging.getLogger(__name__)
 
-CONTROLLER_NAME = "controller"
 _REPORT_EVERY_S = 0.5
-_REPORT_TIMEOUT_S = 5.0
 _HEALTH_EVERY_S = 1.0
-
-# A group's report -> the controller's advice {"epoch", "desired": [keys], "purge": [keys]}
-Reporter = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -93,10 +86,10 @@ def worker_group_app(config: WorkerGroupConfig, groups: int) -> serve.Applicatio
 class WorkerGroup:
     """A Serve replica. Requests don't come through Serve: gateways connect to its front."""
 
-    async def __init__(self, config: WorkerGroupConfig, reporter: Reporter | None = None):
+    async def __init__(self, config: WorkerGroupConfig):
         listen_on_node_address()
         self._config = config
-        self._reporter = reporter or ControllerLink()
+        self._controller = NamedActor(CONTROLLER_NAME)
         self._group = serve.get_replica_context().replica_id.unique_id
         self._seen_epoch = 0
         self._ranks: GroupRanks | None = None
@@ -159,8 +152,7 @@ class WorkerGroup:
         while True:
             self._metrics.update(self._front.report)
             try:
-                async with asyncio.timeout(_REPORT_TIMEOUT_S):
-                    advice = await self._reporter(self._group_report().to_wire())
+                advice = await self._controller.call("report", self._group_report().to_wire())
                 self._obey(advice["epoch"], advice["desired"], advice["purge"])
                 missed = False
             except Exception as e:
@@ -188,22 +180,3 @@ class WorkerGroup:
             engine=self._front.report,
             seen_epoch=self._seen_epoch,
         )
-
-
-class ControllerLink:
-    """Calls the controller's actor by name; looks it up again after a failure."""
-
-    def __init__(self) -> None:
-        self._actor: Any = None
-
-    async def __call__(self, report: dict[str, Any]) -> dict[str, Any]:
-        if self._actor is None:
-            # Blocks while Ray's head is away, which must not stop the front's event loop.
-            self._actor = await asyncio.to_thread(
-                ray.get_actor, CONTROLLER_NAME, namespace=RAY_NAMESPACE
-            )
-        try:
-            return await self._actor.report.remote(report)
-        except BaseException:
-            self._actor = None
-            raise

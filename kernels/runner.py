@@ -98,7 +98,7 @@ class MoeBackend(ABC):
 
 @dataclass(frozen=True)
 class MoeRunner:
-    """Runs one MoE layer on a backend: align, gate_up, (hooks), activate, down, (hooks), combine."""
+    """Runs a MoE layer on a backend: align, gate_up, (hooks), activate, down, (hooks), combine."""
 
     backend: MoeBackend
     after_gate_up: Hooks = ()  # on h [rows, 2I] and x [T, H]

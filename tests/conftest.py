@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from loraplex.adapter_store import EmbeddedS3, ObjectStore
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +21,9 @@ os.environ["PYTHONSAFEPATH"] = "1"
 # Ray clusters of tests stay on loopback (cluster/local_ray.py says how) and tell nobody.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Without a GPU, Triton's kernels run in its interpreter: asked for before they are defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
 

@@ -224,7 +224,8 @@ class AdapterPool:
             raise WorkerError(
                 f"a block of {source.size} elements came where {block.elements} were expected"
             )
-        flat = np.ascontiguousarray(source).reshape(-1)
+        # torch takes no read-only memory, which views of a pack's file are: those are copied.
+        flat = np.require(source, requirements=("C", "W")).reshape(-1)
         if flat.dtype == np.uint16:
             tensor = torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16)
         else:

@@ -116,6 +116,10 @@ class PagedKVCache:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
+    def clear(self) -> None:
+        self.k.zero_()
+        self.v.zero_()
+
     def attend(
         self,
         layer: int,

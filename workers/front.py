@@ -178,7 +178,7 @@ class GroupFront:
         }
 
     def announcement(self) -> Frame:
-        """What gateways are told about the group's adapters."""
+        """What gateways are told about the group's adapters, at first and at each change."""
         return {"t": "report", "gpu": sorted(self.report.gpu), "load": self.load()}
 
     def advise(self, desired: Sequence[str], purge: Sequence[str]) -> None:
@@ -192,7 +192,10 @@ class GroupFront:
         if purge:
             leader.send({"t": "purge", "keys": list(purge)})
 
-    # Called by the links of gateways
+    # GatewayEvents
+
+    def greeting(self) -> Frame:
+        return {"group": self.config.group, "report": self.announcement()}
 
     def joined(self, link: GatewayLink) -> None:
         self._gateways[link.client] = link
@@ -226,7 +229,7 @@ class GroupFront:
         if self._gateways.pop(link.client, None) is not None:
             self._abort_in_engine(self._streams.remove(link.client))
 
-    # Called by the links of ranks
+    # RankEvents
 
     def rank_joined(self, rank: int, link: RankLink) -> None:
         self._ranks[rank] = link

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from .channels import FrameProtocol
 from .errors import WireError
@@ -19,20 +20,42 @@ from .wire import (
     field,
 )
 
-if TYPE_CHECKING:
-    from .front import GroupFront
-
 _MAX_CREDIT = 1 << 31
 # Bytes that may wait in a gateway's socket buffer before its streams are held back.
 _SEND_BUFFER_BYTES = 1 << 20
 
 
+class GatewayEvents(Protocol):
+    """What the front does about what gateways send."""
+
+    def greeting(self) -> Frame:
+        """Fields for the `ready` frame."""
+        ...
+
+    def joined(self, link: GatewayLink) -> None: ...
+    def submit(self, link: GatewayLink, request: Mapping[str, Any], credit: int) -> None: ...
+    def abort(self, link: GatewayLink, request_id: str) -> None: ...
+    def grant(self, link: GatewayLink, request_id: str, tokens: int) -> None: ...
+    def writable(self, link: GatewayLink) -> None: ...
+    def left(self, link: GatewayLink) -> None: ...
+
+
+class RankEvents(Protocol):
+    """What the front does about what ranks send."""
+
+    def rank_joined(self, rank: int, link: RankLink) -> None: ...
+    def rank_up(self, rank: int) -> None: ...
+    def rank_failed(self, rank: int, error: str) -> None: ...
+    def rank_left(self, rank: int, why: str) -> None: ...
+    def take_batch(self, outputs: list[Output]) -> None: ...
+    def take_report(self, report: EngineReport) -> None: ...
+
+
 class _ServerLink(FrameProtocol):
     """A connection that must authenticate within HANDSHAKE_TIMEOUT_S before it may do anything."""
 
-    def __init__(self, front: GroupFront, secret: bytes):
+    def __init__(self, secret: bytes):
         super().__init__(MAX_HANDSHAKE_BYTES)
-        self.front = front
         self.authenticated = False
         self._handshake = ServerHandshake(secret)
         self._timeout: asyncio.TimerHandle | None = None
@@ -80,8 +103,9 @@ class _ServerLink(FrameProtocol):
 class GatewayLink(_ServerLink):
     """A gateway's connection: many requests at once, each a stream of its `client`."""
 
-    def __init__(self, front: GroupFront, secret: bytes):
-        super().__init__(front, secret)
+    def __init__(self, front: GatewayEvents, secret: bytes):
+        super().__init__(secret)
+        self.front = front
         self.client = Client()
 
     def made(self) -> None:
@@ -99,7 +123,7 @@ class GatewayLink(_ServerLink):
             self.transport.close()
 
     def greeting(self) -> Frame:
-        return {"group": self.front.config.group, "report": self.front.announcement()}
+        return self.front.greeting()
 
     def welcomed(self) -> None:
         self.front.joined(self)
@@ -138,8 +162,9 @@ def _credit(frame: Frame, name: str) -> int:
 class RankLink(_ServerLink):
     """The connection of one rank's process. Its end is the end of the group."""
 
-    def __init__(self, front: GroupFront, secret: bytes):
-        super().__init__(front, secret)
+    def __init__(self, front: RankEvents, secret: bytes):
+        super().__init__(secret)
+        self.front = front
         self._rank: int | None = None
 
     def message(self, frame: Frame) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..adapter_store import Pack
-from ..kernels import LoraBatch, MoeRunner
+from ..kernels import LoraBatch, MoeRunner, backend_for
 from .adapter_pool import AdapterPool
 from .attention import PagedKVCache, plan_attention
 from .comm import Comm
@@ -13,7 +13,7 @@ from .config import EngineConfig
 from .errors import WorkerError
 from .models import Qwen3Moe
 from .shard import Shard
-from .step import Step
+from .step import SequenceStep, Step
 from .weights import Checkpoint
 
 
@@ -25,6 +25,9 @@ class ModelRunner:
             torch.set_num_threads(config.torch_threads)
         model = config.model
         self.device = torch.device(config.device)
+        if self.device.type == "cuda":
+            # cuDNN makes a new plan for every shape, and the shapes change from step to step.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.dtype = getattr(torch, config.dtype)
         self._config, self._comm = config, comm
         shard = Shard(model, comm.rank, comm.size)
@@ -48,10 +51,37 @@ class ModelRunner:
                 shard,
                 checkpoint,
                 comm,
-                MoeRunner(),
+                MoeRunner(backend_for(self.device)),
                 config.context_length,
                 self.device,
             )
+        if self.device.type == "cuda":
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """Runs steps of all kinds and sizes, so that no request waits while a kernel is compiled.
+
+        Which kernels run depends on the size's power of two, on whether it is a multiple of 16,
+        and on tiles that change between two powers of two. All ranks must come here at the same
+        point, before the first step: every sequence writes to the same blocks.
+        """
+        largest = self._config.max_batch_tokens
+        sizes = {m << k for k in range(largest.bit_length()) for m in (1, 3)}
+        sizes |= {n + 1 for n in sizes} | {largest}
+        for tokens in sorted(n for n in sizes if n <= largest):
+            for slot in (-1, 0):  # slot 0 is empty: LoRA kernels run and find nothing to add
+                self.run(Step(self._sequences_of(tokens, slot)))
+        self.cache.clear()
+
+    def _sequences_of(self, tokens: int, slot: int) -> list[SequenceStep]:
+        size = self._config.block_size
+        longest = min(self._config.context_length, self.kv_blocks * size)
+        sequences = []
+        while tokens > 0:
+            n = min(tokens, longest)
+            sequences.append(SequenceStep([0] * n, 0, list(range(-(-n // size))), slot, n - 1))
+            tokens -= n
+        return sequences
 
     def apply_changes(self, step: Step) -> None:
         """Follows rank 0's pool: the same loads and unloads in the same order."""
@@ -79,16 +109,19 @@ class ModelRunner:
         counts = [len(s.token_ids) for s in seqs]
         ids = torch.tensor([t for s in seqs for t in s.token_ids], device=self.device)
         positions = torch.cat([torch.arange(s.start, s.start + len(s.token_ids)) for s in seqs])
-        token_slot = torch.repeat_interleave(
-            torch.tensor(slots, dtype=torch.int32), torch.tensor(counts)
-        )
+        lora = None
+        if slots[-1] >= 0:
+            token_slot = torch.repeat_interleave(
+                torch.tensor(slots, dtype=torch.int32), torch.tensor(counts)
+            )
+            lora = LoraBatch.from_token_slot(token_slot.to(self.device), ordered=True)
         hidden = self.model.forward(
             ids,
             positions.to(self.device),
             plan_attention(seqs, self._config.block_size, self._group_heads, self.device),
             self.cache,
             self.pool,
-            LoraBatch.from_token_slot(token_slot.to(self.device)),
+            lora,
         )
         if self._comm.rank != 0:
             return hidden[:0]

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from ..adapter_store import PackPin
 from .request import AdapterRef
+
+# How long a pack stays on the disk after the step message that names it went out: the other ranks
+# open it as they come to that message, and don't say when. For one that took longer it might be
+# gone; that rank would fail, and its group start anew.
+HANDOVER_S = 5.0
 
 
 class PackSource(Protocol):
@@ -24,7 +32,8 @@ class PackSource(Protocol):
         ...
 
     def remove(self, key: str) -> None:
-        """Drops a pack from the disk; one that isn't there is no error."""
+        """Drops a pack from the disk, if not now, then when asked again; one that isn't there is
+        no error."""
         ...
 
 
@@ -62,3 +71,15 @@ class PackFetcher:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def close_later(pins: Iterable[PackPin], seconds: float) -> None:
+    """Closes pins in the background."""
+
+    def close() -> None:
+        for pin in pins:
+            pin.close()
+
+    timer = threading.Timer(seconds, close)
+    timer.daemon = True
+    timer.start()

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapter_store import Pack
+from ..adapter_store import Pack, PackPin
 from .adapter_pool import AdapterPool
 from .errors import PoolFull, WorkerError
-from .packs import PackFetcher
+from .packs import HANDOVER_S, PackFetcher, close_later
 from .request import AdapterRef
 from .step import SlotChange
 
@@ -51,6 +51,7 @@ class Residency:
         self._refused: set[str] = set()  # prefetches that failed: not tried again until asked for
         self._no_room: set[str] = set()  # prefetches that wait until something is given up
         self._changes: list[SlotChange] = []
+        self._pins: list[PackPin] = []  # of the packs that the changes name
         self._clock = 0
         self.loads: dict[str, int] = {}
         self.load_seconds = 0.0
@@ -133,8 +134,14 @@ class Residency:
             self._drop(resident)
 
     def take_changes(self) -> list[SlotChange]:
-        """Slot changes since the last call, in order, for the other ranks."""
+        """Slot changes since the last call, in order, for the other ranks.
+
+        They are to be sent at once: the packs that they name stay on the disk for HANDOVER_S.
+        """
         changes, self._changes = self._changes, []
+        if self._pins:
+            close_later(self._pins, HANDOVER_S)
+            self._pins = []
         return changes
 
     def resident(self) -> dict[str, int]:
@@ -160,15 +167,24 @@ class Residency:
         path, tier = self._fetched[ref.key]
         started = time.perf_counter()
         try:
+            pin = PackPin(path)
+        except FileNotFoundError:  # evicted since its fetch: it had to wait for room in the pool
+            del self._fetched[ref.key]
+            self._fetcher.start(ref)
+            raise Waiting(for_room=False) from None
+        try:
             pack = Pack.open(path, verify=False)  # its fetch verified it
             self._check(pack, ref)
             resident = self._load(pack, ref, path, evict_desired)
-        except (Waiting, PoolFull):
+        except PoolFull:
+            pin.close()
             raise Waiting(for_room=True) from None
         except Exception:
+            pin.close()
             self.load_failures += 1
             del self._fetched[ref.key]
             raise
+        self._pins.append(pin)
         del self._fetched[ref.key]
         self.loads[tier] = self.loads.get(tier, 0) + 1
         self.load_seconds += time.perf_counter() - started

@@ -63,7 +63,11 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         if rows:
             invert = _invert_filtered if filtered else _invert
             params = [draws[i].params for i in rows]
-            u = torch.tensor([uniform(draws[i].params.seed, draws[i].position) for i in rows])
+            # In float32 a number just below 1 would become 1, beyond every token.
+            u = torch.tensor(
+                [uniform(draws[i].params.seed, draws[i].position) for i in rows],
+                dtype=torch.float64,
+            )
             chosen[rows] = invert(_scaled(logits[rows], params), u.to(logits.device), params)
     return chosen
 
@@ -75,7 +79,7 @@ def _scaled(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
 
 
 def _invert(logits: torch.Tensor, u: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """Inverse-CDF draw from each row's softmax. float32 [N, V], float [N] -> int64 [N]."""
+    """Inverse-CDF draw from each row's softmax. float32 [N, V], float64 [N] -> int64 [N]."""
     return _search(torch.softmax(logits, dim=-1), u)
 
 
@@ -100,7 +104,7 @@ def _invert_filtered(
 def _search(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """First index of each row whose cumulative share exceeds u: never one of weight 0."""
     cdf = weights.double().cumsum(dim=-1)
-    target = u.double()[:, None] * cdf[:, -1:]
+    target = u[:, None] * cdf[:, -1:]
     found = torch.searchsorted(cdf, target, right=True)
     return found.clamp(max=weights.shape[-1] - 1)[:, 0]
 

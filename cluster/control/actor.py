@@ -6,11 +6,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import ray
-
-from ...adapter_store import ObjectStore, next_epoch
+from ...adapter_store import Catalogue, ObjectStore, next_epoch
 from ..errors import SettingsError
 from ..metrics import (
     ControllerMetrics,
@@ -22,29 +21,24 @@ from ..metrics import (
     serve_metrics,
     serve_routes,
 )
-from ..settings import RAY_NAMESPACE, Settings
+from ..named_actors import CONTROLLER_NAME, start_named
+from ..settings import Settings
 from .controller import Controller, ControllerConfig
+from .deleted import deleted_adapters
 from .errors import ControllerStarting, ControllerSuperseded
 
 logger = logging.getLogger(__name__)
 
-CONTROLLER_NAME = "controller"
 TICK_S = 0.5
 _RETRY_S = 1.0
+_CHECK_S = 2.0
 _NUM_CPUS = 0.05
 
 
 def start_controller(settings: Settings, config: ControllerConfig | None = None) -> Any:
     """Starts the controller's actor, or finds the one that runs; returns its handle."""
-    actor = ray.remote(ControllerActor)
-    return actor.options(
-        name=CONTROLLER_NAME,
-        namespace=RAY_NAMESPACE,
-        lifetime="detached",
-        get_if_exists=True,
-        num_cpus=_NUM_CPUS,
-        max_restarts=-1,
-    ).remote(settings, config or ControllerConfig())
+    config = config or ControllerConfig()
+    return start_named(CONTROLLER_NAME, ControllerActor, settings, config, num_cpus=_NUM_CPUS)
 
 
 class ControllerActor:
@@ -109,6 +103,8 @@ class ControllerActor:
         epoch = await self._patiently(lambda: next_epoch(store))
         logger.info("controller starts with epoch %d", epoch)
         self._controller = Controller(self._config, time.monotonic, epoch)
+        checks = self._check_adapters(self._controller, Catalogue(store))
+        self._checks = asyncio.get_running_loop().create_task(checks)
         while not self._superseded:
             started = time.monotonic()
             try:
@@ -126,6 +122,15 @@ class ControllerActor:
             self._listen()
         if controller.superseded_by is not None:
             await self._resolve(controller, store, controller.superseded_by)
+
+    async def _check_adapters(self, controller: Controller, catalogue: Catalogue) -> None:
+        """Finds deleted adapters on groups that come newly; beside the ticks, for the store may
+        take its time."""
+        while not self._superseded:
+            if keys := controller.unchecked():
+                deleted = await self._patiently(partial(deleted_adapters, catalogue, keys))
+                controller.checked(keys, deleted)
+            await asyncio.sleep(_CHECK_S)
 
     async def _resolve(self, controller: Controller, store: ObjectStore, seen: int) -> None:
         """A group obeys a newer epoch: a newer controller took it, or the store has lost it."""

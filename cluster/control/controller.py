@@ -68,6 +68,7 @@ class Controller:
         self._targets: dict[tuple[str, str, int], tuple[float, Target]] = {}
         self._demand = DemandTracker(config.demand_tau_s)
         self._purges = Purges()
+        self._unchecked: set[str] = set()
         self._plan = Plan()
         self._table = RoutingTable(epoch=epoch)
         self._totals = _Totals()
@@ -95,6 +96,9 @@ class Controller:
         """
         report = GroupReport.from_wire(dict(wire))
         name, now = report.group, self._clock()
+        if name not in self._reports:
+            engine = report.engine
+            self._unchecked.update(engine.gpu, engine.disk, engine.loading)
         self._reports[name] = (now, report)
         self._newest_seen = max(self._newest_seen, report.seen_epoch)
         self._demand.observe(name, report.engine)
@@ -138,6 +142,16 @@ class Controller:
         self._purges.ask(keys, self._clock())
         for key in keys:
             self._demand.forget_adapter(key)
+
+    def unchecked(self) -> list[str]:
+        """Adapters of groups that came newly: they may have been deleted while those were away,
+        or while there was no controller to be told. Whoever finds out calls `checked`."""
+        return sorted(self._unchecked)
+
+    def checked(self, keys: Iterable[str], deleted: Iterable[str]) -> None:
+        """Takes which of `keys`, from `unchecked`, were deleted."""
+        self._unchecked.difference_update(keys)
+        self.purge(deleted)
 
     def register_target(self, kind: str, labels: Mapping[str, str], host: str, port: int) -> None:
         """A process's exporter is at host:port; to be repeated every few seconds."""

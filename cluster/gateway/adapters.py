@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from starlette.datastructures import FormData, UploadFile
 from starlette.responses import Response
 
-from ...adapter_store import AdapterNotFound, AdapterRefused, check_name
+from ...adapter_store import AdapterNotFound, AdapterRefused, check_name, show
 from ..adapter_json import alias_json
 from ..errors import ApiError
 from .answers import JsonResponse
@@ -77,11 +77,10 @@ async def check_new_name(
 
 
 def no_adapter(name: str) -> ApiError:
-    shown = ascii(name)[1:-1][:100]
     return ApiError(
         404,
         "adapter_not_found",
-        f"you have no adapter named {shown!r}; GET /v1/adapters lists yours",
+        f"you have no adapter named {show(name)}; GET /v1/adapters lists yours",
         param="name",
     )
 
@@ -176,8 +175,8 @@ def adapters_router(deps: GatewayDeps, resolver: ModelResolver) -> APIRouter:
 
 
 async def purge(deps: GatewayDeps, keys: list[str]) -> None:
-    """Frees what deleted adapters take. With the controller away they age out of the pools: no
-    name leads to them any more."""
+    """Frees what deleted adapters take. With the controller away, the next one finds out by
+    itself; until then they lie idle, for no name leads to them any more."""
     if keys:
         with suppress(Exception):
             await deps.control.purge(keys)
@@ -189,7 +188,7 @@ async def _read_form(form: FormData, max_bytes: int) -> tuple[str, bytes, bytes]
         raise ApiError(
             400,
             "unknown_parameter",
-            f"unknown form field {wrong[0]!r}; the fields are name, config and weights",
+            f"unknown form field {show(wrong[0])}; the fields are name, config and weights",
             param=wrong[0],
         )
     name = form.get("name")

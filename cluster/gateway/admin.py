@@ -76,8 +76,8 @@ def admin_router(deps: GatewayDeps, watch: GenerationWatch) -> APIRouter:
     async def find(tenant_id: str) -> Tenant:
         try:
             return await deps.in_thread(catalogue.get_tenant, tenant_id)
-        except TenantNotFound:
-            raise _no_tenant(tenant_id) from None
+        except TenantNotFound as error:
+            raise _no_tenant(error) from None
 
     @router.post("/tenants", status_code=201, summary="Make a tenant")
     async def create(request: Request, body: TenantBody) -> Response:
@@ -108,8 +108,8 @@ def admin_router(deps: GatewayDeps, watch: GenerationWatch) -> APIRouter:
         limits = TenantLimits.model_validate({**tenant.limits.model_dump(), **changes})
         try:
             tenant = await deps.in_thread(catalogue.update_tenant, tenant_id, limits=limits)
-        except TenantNotFound:
-            raise _no_tenant(tenant_id) from None
+        except TenantNotFound as error:
+            raise _no_tenant(error) from None
         await watch.poll()
         return JsonResponse(tenant_body(tenant))
 
@@ -147,8 +147,8 @@ def admin_router(deps: GatewayDeps, watch: GenerationWatch) -> APIRouter:
         await find(tenant_id)
         try:
             await deps.in_thread(catalogue.revoke_key, tenant_id, key_id)
-        except KeyNotFound:
-            raise ApiError(404, "key_not_found", "this tenant has no such key") from None
+        except KeyNotFound as error:
+            raise ApiError(404, "key_not_found", str(error), param="key_id") from None
         await watch.poll()
         return Response(status_code=204)
 
@@ -168,6 +168,5 @@ def admin_router(deps: GatewayDeps, watch: GenerationWatch) -> APIRouter:
     return router
 
 
-def _no_tenant(tenant_id: str) -> ApiError:
-    shown = ascii(tenant_id)[1:-1][:64]
-    return ApiError(404, "tenant_not_found", f"there is no tenant {shown!r}", param="tenant_id")
+def _no_tenant(error: TenantNotFound) -> ApiError:
+    return ApiError(404, "tenant_not_found", str(error), param="tenant_id")

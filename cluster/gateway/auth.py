@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -17,11 +15,9 @@ from ..errors import ApiError
 from ..limiter import Rates, TokenBucket
 from .answers import error_response, store_unavailable
 from .deps import GatewayDeps
-from .freshness import GenerationWatch
+from .freshness import GenerationWatch, Stamp
+from .lru import LruCache
 
-# Without a change of the generation, a key is still read again after this: a change whose second
-# write got lost must not live for ever.
-KNOWN_S = 60.0
 UNKNOWN_S = 30.0
 CACHE_KEYS = 20_000
 CACHE_SOURCES = 10_000
@@ -54,8 +50,7 @@ ADMIN = Caller("", "", Rates(), None, admin=True)
 @dataclass(frozen=True)
 class _Known:
     caller: Caller
-    generation: int
-    loaded_at: float
+    stamp: Stamp
 
 
 class Authenticator:
@@ -74,9 +69,9 @@ class Authenticator:
         self._deps = deps
         self._watch = watch
         self._clock = clock
-        self._known: OrderedDict[str, _Known] = OrderedDict()
-        self._unknown: OrderedDict[str, tuple[int, float]] = OrderedDict()
-        self._sources: OrderedDict[str, TokenBucket] = OrderedDict()
+        self._known = LruCache[_Known](CACHE_KEYS)
+        self._unknown = LruCache[Stamp](CACHE_KEYS)
+        self._sources = LruCache[TokenBucket](CACHE_SOURCES)
         self._looking: dict[str, asyncio.Task[Caller | None]] = {}
 
     async def authenticate(self, authorization: str | None, source: str) -> Caller:
@@ -94,42 +89,31 @@ class Authenticator:
         digest = hashlib.sha256(key.encode()).hexdigest()
         now = self._clock()
         known = self._known.get(digest)
-        if known is not None and self._usable(known, now):
-            self._known.move_to_end(digest)
+        if known is not None and self._watch.usable(known.stamp):
             return known.caller
         if known is None:
             self._refuse_unknown(digest, source, now)
-        generation = self._watch.generation
+        stamp = self._watch.stamp()
         try:
             caller = await self._look_up(digest, key)
         except StoreUnavailable as error:
-            if known is not None and self._in_grace(known, now):
+            if known is not None and self._watch.in_grace(known.stamp):
                 return known.caller
             raise store_unavailable(error) from error
         if caller is None:
-            self._known.pop(digest, None)
-            _remember(self._unknown, digest, (generation, now), CACHE_KEYS)
+            self._known.drop(digest)
+            self._unknown.put(digest, stamp)
             self._bucket(source, now).take(1, now)
             raise _invalid_key()
-        _remember(self._known, digest, _Known(caller, generation, now), CACHE_KEYS)
+        self._known.put(digest, _Known(caller, stamp))
         return caller
 
-    def _usable(self, known: _Known, now: float) -> bool:
-        if not self._watch.reachable:
-            return self._in_grace(known, now)
-        return known.generation == self._watch.generation and now - known.loaded_at < KNOWN_S
-
-    def _in_grace(self, known: _Known, now: float) -> bool:
-        last_sure = max(known.loaded_at, self._watch.confirmed_at)
-        return now - last_sure <= self._deps.settings.auth_grace_s
-
     def _refuse_unknown(self, digest: str, source: str, now: float) -> None:
-        entry = self._unknown.get(digest)
-        if entry is not None:
-            generation, at = entry
-            if generation == self._watch.generation and now - at < UNKNOWN_S:
+        asked = self._unknown.get(digest)
+        if asked is not None:
+            if self._watch.unchanged(asked, UNKNOWN_S):
                 raise _invalid_key()
-            del self._unknown[digest]
+            self._unknown.drop(digest)
         wait_s = self._bucket(source, now).wait(1, now)
         if wait_s > 0:
             raise ApiError(
@@ -144,7 +128,7 @@ class Authenticator:
         bucket = self._sources.get(source)
         if bucket is None:
             bucket = TokenBucket(self._deps.settings.unknown_keys_per_minute, now)
-        _remember(self._sources, source, bucket, CACHE_SOURCES)
+            self._sources.put(source, bucket)
         return bucket
 
     async def _look_up(self, digest: str, key: str) -> Caller | None:
@@ -257,10 +241,3 @@ def _invalid_key() -> ApiError:
         kind="authentication_error",
         headers={"www-authenticate": "Bearer"},
     )
-
-
-def _remember(cache: OrderedDict[str, Any], key: str, value: Any, limit: int) -> None:
-    cache[key] = value
-    cache.move_to_end(key)
-    while len(cache) > limit:
-        cache.popitem(last=False)

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from ...adapter_store import show
 from ..errors import ApiError
 from .completion import encode, join, prepare
 from .deps import GatewayDeps
@@ -105,7 +106,7 @@ def _render(deps: GatewayDeps, body: ChatBody) -> str:
         raise ApiError(
             400,
             "invalid_value",
-            f"chat_template_kwargs must not set {wrong[0]!r}",
+            f"chat_template_kwargs must not set {show(wrong[0])}",
             param="chat_template_kwargs",
         )
     messages = [message.for_template(i) for i, message in enumerate(body.messages)]

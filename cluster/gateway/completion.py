@@ -78,7 +78,10 @@ class Work:
 async def encode(
     deps: GatewayDeps, text: str, param: str, *, add_special_tokens: bool
 ) -> list[int]:
-    """Raises ApiError 400 for text that isn't Unicode."""
+    """Raises ApiError 400 for text that isn't Unicode, or that can't fit the context."""
+    most_chars = deps.tokenizer.chars_per_token
+    if most_chars is not None and len(text) > deps.max_context * most_chars:
+        raise _too_long(deps, f"{len(text)} characters, which are more tokens than that", param)
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
@@ -164,11 +167,15 @@ def _room(deps: GatewayDeps, plan: Plan, prompt_tokens: int, param: str) -> int:
     if rest >= (wanted or 1):
         return wanted or rest
     asked = f" and {wanted} for the answer" if wanted else ""
-    raise ApiError(
+    raise _too_long(deps, f"{prompt_tokens}{asked}", param)
+
+
+def _too_long(deps: GatewayDeps, size: str, param: str) -> ApiError:
+    return ApiError(
         400,
         "context_length_exceeded",
-        f"this model's maximum context length is {limit} tokens, but the prompt has "
-        f"{prompt_tokens}{asked}; shorten the prompt or lower max_tokens",
+        f"this model's maximum context length is {deps.max_context} tokens, but the prompt has "
+        f"{size}; shorten the prompt or lower max_tokens",
         param=param,
     )
 

@@ -13,13 +13,13 @@ from fastapi import FastAPI
 from ray import serve
 
 from ...adapter_store import BaseModel, Catalogue, ObjectStore
+from ..actor_clients import ControlClient, IngestClient, LimiterClient
 from ..control import GroupEntry, RoutingTable
 from ..dispatch import Dispatcher
 from ..errors import ActorUnavailable, SettingsError
 from ..ingest import make_uploads
 from ..leases import LocalLeases
 from ..metrics import GatewayMetrics, MetricsServer, Target, new_registry, serve_metrics
-from ..named_actors import ControlClient, IngestClient, LimiterClient
 from ..replica_address import listen_on_node_address
 from ..routing import decide
 from ..settings import Settings

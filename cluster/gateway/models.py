@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from ..errors import ApiError
 from .answers import JsonResponse
 from .deps import GatewayDeps
-from .resolve import ModelResolver
+from .resolve import ModelResolver, not_found
 
 if TYPE_CHECKING:
     from ...adapter_store import AdapterAlias
@@ -60,7 +59,7 @@ def models_router(deps: GatewayDeps, resolver: ModelResolver) -> APIRouter:
             return JsonResponse(base_entry())
         alias = (await resolver.aliases(caller.tenant_id)).get(target.adapter_name)
         if alias is None:  # deleted between the two reads
-            raise ApiError(404, "model_not_found", f"the model {model!r} is gone", param="model")
+            raise not_found(model)
         entry = adapter_entry(alias, caller.tenant_name)
         return JsonResponse(
             {**entry, "id": model, "digest": target.adapter.digest, "version": target.version}

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 from starlette.responses import Response
 
-from ...adapter_store import NotFound
+from ...adapter_store import NotFound, show
 from ..adapter_json import iso_time
 from ..errors import ApiError
 from ..uploads import UploadRecord
@@ -48,7 +48,7 @@ def presigned_router(deps: GatewayDeps, resolver: ModelResolver) -> APIRouter:
         return ApiError(
             404,
             "upload_not_found",
-            f"you have no upload {ascii(upload_id)[1:-1][:64]!r}",
+            f"you have no upload {show(upload_id)}",
             param="upload_id",
         )
 

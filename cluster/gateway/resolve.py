@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...adapter_store import InvalidName, StoreUnavailable, TenantNotFound, split_version
+from ...adapter_store import InvalidName, StoreUnavailable, TenantNotFound, show, split_version
 from ...workers import AdapterRef
 from ..errors import ApiError
 from .answers import store_unavailable
 from .deps import GatewayDeps
-from .freshness import GenerationWatch
+from .freshness import GenerationWatch, Stamp
+from .lru import LruCache
 
 if TYPE_CHECKING:
     from ...adapter_store import AdapterAlias
 
 CACHE_TENANTS = 20_000
-KNOWN_S = 60.0  # read again after this, whatever the generation says
 REREAD_S = 0.1  # how often a name that isn't there may cost a read of the store
 
 
@@ -46,8 +44,7 @@ class Target:
 @dataclass(frozen=True)
 class _Entry:
     aliases: Mapping[str, AdapterAlias]
-    generation: int
-    loaded_at: float
+    stamp: Stamp
 
 
 class ModelResolver:
@@ -57,16 +54,10 @@ class ModelResolver:
     watch's period. A name that isn't in the cache is looked for in the store.
     """
 
-    def __init__(
-        self,
-        deps: GatewayDeps,
-        watch: GenerationWatch,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, deps: GatewayDeps, watch: GenerationWatch) -> None:
         self._deps = deps
         self._watch = watch
-        self._clock = clock
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._entries = LruCache[_Entry](CACHE_TENANTS)
         self._locks: dict[str, asyncio.Lock] = {}
 
     async def resolve(self, tenant_id: str, model: str) -> Target:
@@ -76,15 +67,15 @@ class ModelResolver:
         try:
             name, version = split_version(model)
         except InvalidName:
-            raise _not_found(model) from None
-        asked = self._clock()
+            raise not_found(model) from None
+        asked_at = self._watch.stamp().at
         found = _find(await self._aliases(tenant_id), tenant_id, model, name, version)
         if found is None:
             # It may have been published through another gateway a moment ago.
-            fresh = await self._aliases(tenant_id, not_before=asked - REREAD_S)
+            fresh = await self._aliases(tenant_id, not_before=asked_at - REREAD_S)
             found = _find(fresh, tenant_id, model, name, version)
         if found is None:
-            raise _not_found(model)
+            raise not_found(model)
         return found
 
     async def aliases(self, tenant_id: str) -> Mapping[str, AdapterAlias]:
@@ -93,7 +84,7 @@ class ModelResolver:
 
     def forget(self, tenant_id: str) -> None:
         """To be called after a change of this tenant's adapters through this gateway."""
-        self._entries.pop(tenant_id, None)
+        self._entries.drop(tenant_id)
 
     async def _aliases(
         self, tenant_id: str, not_before: float | None = None
@@ -113,33 +104,22 @@ class ModelResolver:
                 self._locks.pop(tenant_id, None)
 
     async def _load(self, tenant_id: str, stale: _Entry | None) -> _Entry:
-        now = self._clock()
-        generation = self._watch.generation
+        stamp = self._watch.stamp()
         try:
             aliases = await self._deps.in_thread(self._deps.catalogue.adapters, tenant_id)
         except TenantNotFound:
             aliases = {}  # it was deleted while this request was on its way
         except StoreUnavailable as error:
-            if stale is not None and self._in_grace(stale):
+            if stale is not None and self._watch.in_grace(stale.stamp):
                 return stale
             raise store_unavailable(error) from error
-        entry = self._entries[tenant_id] = _Entry(aliases, generation, now)
-        self._entries.move_to_end(tenant_id)
-        while len(self._entries) > CACHE_TENANTS:
-            self._entries.popitem(last=False)
+        entry = _Entry(aliases, stamp)
+        self._entries.put(tenant_id, entry)
         return entry
 
     def _usable(self, entry: _Entry, not_before: float | None) -> bool:
-        if not self._watch.reachable:
-            return self._in_grace(entry)
-        if not_before is not None and entry.loaded_at < not_before:
-            return False
-        fresh = self._clock() - entry.loaded_at < KNOWN_S
-        return fresh and entry.generation == self._watch.generation
-
-    def _in_grace(self, entry: _Entry) -> bool:
-        last_sure = max(entry.loaded_at, self._watch.confirmed_at)
-        return self._clock() - last_sure <= self._deps.settings.auth_grace_s
+        too_old = not_before is not None and entry.stamp.at < not_before
+        return self._watch.usable(entry.stamp) and not (too_old and self._watch.reachable)
 
 
 def _find(
@@ -159,11 +139,11 @@ def _find(
     return Target(model, AdapterRef(tenant_id, found.digest), found.version)
 
 
-def _not_found(model: str) -> ApiError:
+def not_found(model: str) -> ApiError:
     return ApiError(
         404,
         "model_not_found",
-        f"the model {ascii(model)[1:-1][:100]!r} does not exist or you do not have access to it; "
+        f"the model {show(model)} does not exist or you do not have access to it; "
         "GET /v1/models lists yours",
         param="model",
     )

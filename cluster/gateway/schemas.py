@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
+from ...adapter_store import show
 from ..errors import ApiError
 
 # Numbers that JSON clients write as integers are fine ("temperature": 1); strings are not.
@@ -99,12 +100,13 @@ class GenerationBody(BaseModel):
             if name == "best_of" and value == (self.n or 1):
                 continue
             if name not in _NEUTRAL:
-                raise ApiError(400, "unknown_parameter", f"unknown parameter: {name!r}", param=name)
+                message = f"unknown parameter: {show(name)}"
+                raise ApiError(400, "unknown_parameter", message, param=name)
             if not any(_same(value, neutral) for neutral in _NEUTRAL[name]):
                 raise ApiError(
                     400,
                     "unsupported_parameter",
-                    f"{name!r} is not supported by this service; leave it out",
+                    f"{show(name)} is not supported by this service; leave it out",
                     param=name,
                 )
 

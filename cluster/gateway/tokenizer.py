@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from ..errors import SettingsError
 from .chat_template import ChatTemplate
+from .token_span import longest_token_chars
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -45,7 +46,8 @@ class TextTokenizer:
         context_length: int,
         eos_ids: Iterable[int] = (),
     ) -> None:
-        decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
+        facts = json.loads(tokenizer.to_str())
+        decoder = facts.get("decoder") or {}
         if decoder.get("type") != "ByteLevel":
             raise SettingsError(
                 f"the tokenizer's decoder is {decoder.get('type')!r}; only byte-level BPE "
@@ -58,6 +60,8 @@ class TextTokenizer:
         self.context_length = context_length
         self.eos_ids = frozenset(eos_ids)
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        # Of a text, at most; None: any number.
+        self.chars_per_token = longest_token_chars(facts, _ALPHABET)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> TextTokenizer:

@@ -89,7 +89,7 @@ ADAPTERS = (
         name="whaler",
         format="rslora-pattern",
         style="Moby Dick: Melville's narrator at sea",
-        epochs=8,
+        epochs=2.5,
         chat="Tell me about water.",
         completion="CHAPTER 136. The Return.\n\n",
     ),

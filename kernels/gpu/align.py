@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..align import AlignedBatch, BlockSegments
 from ..lora_batch import LoraBatch
-from .launch import USE_PDL, next_power_of_2, pdl_launch_dependents, pdl_wait
+from .launch import USE_PDL, cdiv, next_power_of_2, pdl_launch_dependents, pdl_wait
 
 # Up to this many pairs one launch, in which every expert's program reads all ids, is faster than
 # the four launches of a chunked counting sort.
@@ -84,7 +84,8 @@ def _outputs(batch: AlignedBatch, row_slot: torch.Tensor | None) -> tuple:
 
 def _align_in_one_launch(batch: AlignedBatch, row_slot, ids, order, token_slot) -> None:
     pairs = batch.num_tokens * batch.top_k
-    chunk = min(next_power_of_2(pairs), 1024)
+    # Two sizes, so that few variants are compiled.
+    chunk = 512 if pairs <= 512 else 1024
     _one_launch_kernel[(batch.num_experts,)](
         ids,
         ids if order is None else order,
@@ -99,7 +100,7 @@ def _align_in_one_launch(batch: AlignedBatch, row_slot, ids, order, token_slot) 
         ORDERED=order is None,
         SEGMENTS=batch.segments is not None,
         PDL=USE_PDL,
-        num_warps=4 if chunk <= 512 else 8,
+        num_warps=4 if chunk == 512 else 8,
         launch_pdl=USE_PDL,
     )
 
@@ -107,7 +108,7 @@ def _align_in_one_launch(batch: AlignedBatch, row_slot, ids, order, token_slot) 
 def _align_in_chunks(batch: AlignedBatch, row_slot, ids, order, token_slot) -> None:
     pairs = batch.num_tokens * batch.top_k
     experts = next_power_of_2(max(batch.num_experts, 2))
-    chunks = triton.cdiv(pairs, CHUNK_PAIRS)
+    chunks = cdiv(pairs, CHUNK_PAIRS)
     counts = torch.empty((chunks + 1) * experts, dtype=torch.int32, device=ids.device)
     totals = counts[chunks * experts :]
     ordering = ids if order is None else order
@@ -169,7 +170,7 @@ def _list_block(
     tl.store(sorted_pairs + row, pairs, mask=row >= end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _one_launch_kernel(
     ids, order, token_slot,
     sorted_pairs, block_expert, block_end, num_blocks,
@@ -218,7 +219,7 @@ def _one_launch_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _count_kernel(
     ids, order, counts, pairs, top_k, num_experts,
     CHUNK: tl.constexpr, EXPERTS: tl.constexpr, ORDERED: tl.constexpr, PDL: tl.constexpr,
@@ -233,7 +234,7 @@ def _count_kernel(
     tl.store(counts + chunk * EXPERTS + tl.arange(0, EXPERTS), found_here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _scan_kernel(
     counts, totals, chunks, EXPERTS: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr
 ):
@@ -252,7 +253,7 @@ def _scan_kernel(
     tl.store(totals + column, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _scatter_kernel(
     ids, order, token_slot, counts, totals, sorted_pairs, row_slot, pairs, top_k, num_experts,
     BM: tl.constexpr, CHUNK: tl.constexpr, EXPERTS: tl.constexpr,
@@ -272,18 +273,19 @@ def _scatter_kernel(
     row = tl.gather(first, tl.maximum(found, 0), 0)
     # Earlier pairs of the chunk with the same expert.
     for other in range(0, CHUNK, 64):
-        column_nth = other + tl.arange(0, 64)
-        column_place = chunk * CHUNK + column_nth
-        _, column_found = _load_ids(ids, order, column_place, pairs, top_k, num_experts, ORDERED)
-        same = (found[:, None] == column_found[None, :]) & (nth[:, None] > column_nth[None, :])
-        row += tl.sum(same.to(tl.int32), 1)
+        other_nth = other + tl.arange(0, 64)
+        other_place = chunk * CHUNK + other_nth
+        _, other_found = _load_ids(ids, order, other_place, pairs, top_k, num_experts, ORDERED)
+        # Summed along the first axis, which threads hold whole.
+        same = (found[None, :] == other_found[:, None]) & (nth[None, :] > other_nth[:, None])
+        row += tl.sum(same.to(tl.int32), 0)
     tl.store(sorted_pairs + row, pair, mask=found >= 0)
     if SEGMENTS:
         slot = tl.load(token_slot + pair // top_k, mask=found >= 0, other=-1).to(tl.int32)
         tl.store(row_slot + row, slot, mask=found >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _blocks_kernel(
     totals,
     sorted_pairs, block_expert, block_end, num_blocks,

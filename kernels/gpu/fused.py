@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from ..lora_tables import ExpertLoraTables
 from ..moe_weights import MoeWeights
@@ -18,6 +17,7 @@ from .hooked import (
     grouped_gemm,
     weight_tiles,
 )
+from .launch import cdiv
 from .lora import batch_args, expand_args, expand_flags, shrink_down, shrink_gate_up
 
 
@@ -37,7 +37,7 @@ class FusedBackend(HookedBackend):
         rows, tile, clamped = batch.rows, batch.tiles.gate_up, weights.clamped
         hidden, intermediate = weights.hidden, weights.intermediate
         a = x.new_empty(rows.max_blocks * rows.block_size, intermediate)
-        tiles_n = triton.cdiv(intermediate, tile.block_n)
+        tiles_n = cdiv(intermediate, tile.block_n)
         grid = (grid_size(rows.max_blocks * tiles_n, tile, x.device),)
         if grid[0] == 0:
             return a

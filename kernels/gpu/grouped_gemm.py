@@ -78,12 +78,11 @@ def grouped_gemm_kernel(
     sorted_pairs, block_expert, block_end, num_blocks,
     pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end, list_length,
     s_stride, split_stride,
-    inner, columns, top_k, x_stride, out_stride,
-    w_tiles,
+    inner, columns, top_k, x_stride, out_stride, w_tiles,
     BY_TOKEN: tl.constexpr, TO_PAIR: tl.constexpr, LORA: tl.constexpr, ALIGNED: tl.constexpr,
-    SPLITS: tl.constexpr, EK: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHORT: tl.constexpr,
-    PDL: tl.constexpr,
+    SPLITS: tl.constexpr, EK: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
+    TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SHORT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [rows or pairs, N]; w [E, N, inner].
 

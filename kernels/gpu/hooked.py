@@ -23,7 +23,7 @@ from .align import align
 from .combine import combine_kernel, invert_kernel
 from .gate_up import swiglu
 from .grouped_gemm import grouped_gemm_kernel
-from .launch import USE_PDL, next_power_of_2, pdl_launch_dependents, pdl_wait
+from .launch import USE_PDL, cdiv, next_power_of_2, pdl_launch_dependents, pdl_wait
 from .lora import (
     Shrunk,
     batch_args,
@@ -88,7 +88,7 @@ class HookedBackend(MoeBackend):
         clamped = weights.clamped
         if rows:
             block = min(1024, next_power_of_2(columns // 2))
-            grid = (rows, triton.cdiv(columns // 2, block))
+            grid = (rows, cdiv(columns // 2, block))
             _activate_kernel[grid](
                 h, a, columns // 2, h.stride(0), a.stride(0),
                 1.0 if clamped is None else clamped.alpha,
@@ -145,7 +145,7 @@ def grouped_gemm(
     With topk_weights [T, K], out is [T * K, N], written by pair and weighted.
     """
     _, columns, inner = w.shape
-    tiles_n = triton.cdiv(columns, tile.block_n)
+    tiles_n = cdiv(columns, tile.block_n)
     grid = (grid_size(rows.max_blocks * tiles_n, tile, x.device),)
     if grid[0] == 0:
         return
@@ -199,7 +199,7 @@ def combine(
     if out.numel() == 0:
         return out
     block = min(512 if rows.num_tokens <= 512 else 1024, next_power_of_2(hidden))
-    combine_kernel[(rows.num_tokens, triton.cdiv(hidden, block))](
+    combine_kernel[(rows.num_tokens, cdiv(hidden, block))](
         y, topk_ids, topk_ids if row_of_pair is None else row_of_pair,
         y if topk_weights is None else topk_weights, out,
         hidden, rows.top_k, rows.num_experts, y.stride(0), out.stride(0),

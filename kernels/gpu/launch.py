@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import triton
+import triton.knobs
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
@@ -34,6 +35,10 @@ def pdl_launch_dependents(PDL: tl.constexpr):
     """Let the next kernel start once every program of this one has come here or ended."""
     if PDL:
         gdc_launch_dependents()
+
+
+def cdiv(n: int, size: int) -> int:
+    return -(-n // size)
 
 
 def next_power_of_2(n: int) -> int:

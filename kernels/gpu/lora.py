@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 
 from ..aligned import AlignedBatch
@@ -13,7 +12,7 @@ from ..lora_batch import LoraBatch
 from ..lora_tables import FUSED_GATE_UP, DenseLoraTables, ExpertLoraTables
 from .align import align
 from .expand_add import expand_add_kernel
-from .launch import USE_PDL, next_power_of_2
+from .launch import USE_PDL, cdiv, next_power_of_2
 from .shrink import DENSE, DOWN, GATE_UP, shrink_kernel
 from .tiles import ShrinkTile
 
@@ -129,7 +128,7 @@ def expand_(
 ) -> None:
     """out += s B^T in a pass of its own; parts of `sizes` columns lie side by side in out."""
     block_n = 64 if batch.block_size >= 64 else 128
-    grid = (batch.max_blocks, triton.cdiv(max(sizes), block_n), len(sizes))
+    grid = (batch.max_blocks, cdiv(max(sizes), block_n), len(sizes))
     expand_add_kernel[grid](
         out, batch.sorted_pairs, batch.block_end, batch.num_blocks,
         shrunk.pool, shrunk.s, *shrunk.groups, shrunk.s.stride(1), shrunk.s.stride(0),

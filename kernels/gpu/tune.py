@@ -224,9 +224,8 @@ def tune(problem: Problem, num_tokens: int, adapters: int, verbose: bool) -> tup
                 us = _try(tiles, calls, say if verbose else "")
                 if us < best_us:
                     best, best_us = tiles, us
-        print(
-            f"  T={num_tokens} adapters={adapters} block_m={block_m}: {best_us:.1f} us", flush=True
-        )
+        case = f"T={num_tokens} adapters={adapters} block_m={block_m}"
+        print(f"  {case}: {best_us:.1f} us", flush=True)
         if overall is None or best_us < overall[1]:
             overall = best, best_us
     assert overall is not None
@@ -267,7 +266,7 @@ def precompile(shape: MoeShape, tokens: list[int], processes: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shapes", nargs="+", default=["qwen3-30b"], choices=[*SHAPES, "all"])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--adapters", type=int, default=8, help="adapters of the tuned LoRA batch")

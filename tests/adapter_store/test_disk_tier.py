@@ -20,6 +20,7 @@ from loraplex.adapter_store import (
     NotFound,
     ObjectStore,
     Pack,
+    PackPin,
     StoreUnavailable,
 )
 
@@ -218,26 +219,41 @@ def test_pinned_packs_stay_also_against_other_processes(service: Service, folder
     nbytes = probe.ensure(service.tenant_id, a)[0].stat().st_size
     holder = DiskTier(folder / "tier", service.store, 2 * nbytes)
     other = DiskTier(folder / "tier", service.store, 2 * nbytes)
-    holder.ensure(service.tenant_id, a)
-    holder.pin(key_a)
-    holder.pin(key_a)
-    for digest in (b, c, b):
-        other.ensure(service.tenant_id, digest)
+    path, _ = holder.ensure(service.tenant_id, a)
+    with PackPin(path), PackPin(path):
+        for digest in (b, c, b):
+            other.ensure(service.tenant_id, digest)
+            assert key_a in other.resident()
+        other.remove(key_a)
         assert key_a in other.resident()
-    holder.unpin(key_a)
-    other.ensure(service.tenant_id, c)
-    assert key_a in other.resident()
-    holder.unpin(key_a)
     time.sleep(0.02)
-    other.ensure(service.tenant_id, b)
+    other.ensure(service.tenant_id, c)
     assert key_a not in other.resident()
-    with pytest.raises(KeyError):
-        holder.pin(key_a)
-    with pytest.raises(KeyError):
-        holder.unpin(key_a)
+    with pytest.raises(FileNotFoundError):
+        PackPin(path)
+    other.remove(key_a)
+    other.remove(f"{service.tenant_id}/{c}")
+    assert set(other.resident()) == {f"{service.tenant_id}/{b}"}
 
 
-def test_no_room_is_an_error_that_names_the_folder(service: Service, folder: Path) -> None:
+def test_a_fetch_waits_for_a_pin_to_end(service: Service, folder: Path) -> None:
+    a, b = digests(service, 2)
+    probe = DiskTier(folder / "probe", service.store, 1 << 30)
+    nbytes = probe.ensure(service.tenant_id, a)[0].stat().st_size
+    tier = DiskTier(folder / "tier", service.store, nbytes)
+    pin = PackPin(tier.ensure(service.tenant_id, a)[0])
+    with ThreadPoolExecutor(1) as threads:
+        fetch = threads.submit(tier.ensure, service.tenant_id, b)
+        with pytest.raises(TimeoutError):
+            fetch.result(0.3)
+        assert set(tier.resident()) == {f"{service.tenant_id}/{a}"}
+        pin.close()
+        assert fetch.result(10)[1] == "s3"
+
+
+def test_no_room_is_an_error_that_names_the_folder(
+    service: Service, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     a, b = digests(service, 2)
     small = DiskTier(folder / "small", service.store, 1000)
     with pytest.raises(LocalDiskError, match=r"1000 bytes.*small"):
@@ -245,9 +261,11 @@ def test_no_room_is_an_error_that_names_the_folder(service: Service, folder: Pat
     probe = DiskTier(folder / "probe", service.store, 1 << 30)
     nbytes = probe.ensure(service.tenant_id, a)[0].stat().st_size
     tier = DiskTier(folder / "full", service.store, nbytes)
-    tier.ensure(service.tenant_id, a)
-    tier.pin(f"{service.tenant_id}/{a}")
-    with pytest.raises(LocalDiskError, match="in use"):
+    monkeypatch.setattr("loraplex.adapter_store.disk_tier._PINNED_S", 0.1)
+    with (
+        PackPin(tier.ensure(service.tenant_id, a)[0]),
+        pytest.raises(LocalDiskError, match="in use"),
+    ):
         tier.ensure(service.tenant_id, b)
     assert hidden(folder) == []
     (folder / "file").touch()

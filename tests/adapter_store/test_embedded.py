@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -21,6 +20,7 @@ from loraplex.adapter_store import (
     EmbeddedS3,
     EmbeddedStoreError,
     create_document,
+    embedded_ports,
     read_document,
 )
 
@@ -68,18 +68,8 @@ def test_documents_survive_kill_9_and_keys_and_port_stay(tmp_path: Path) -> None
     assert all(not path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO) for path in private)
 
 
-def free_ports() -> int:
-    """The first of the ten ports that a server takes, all of them free just now."""
-    for base in range(22_500, 30_000, 10):
-        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
-            for port in (p + high for p in range(base, base + 5) for high in (0, 10_000)):
-                held.enter_context(socket.create_server(("127.0.0.1", port)))
-            return base
-    raise AssertionError("no ten free ports")
-
-
 def test_a_busy_port_is_named(tmp_path: Path) -> None:
-    base = free_ports()
+    base = embedded_ports.pick(0, "")
     with socket.create_server(("127.0.0.1", base + 3)):
         port = base + 3
         setting = "--store-port or LORAPLEX_STORE_PORT"
@@ -183,8 +173,6 @@ def test_stop_leaves_no_sockets(tmp_path: Path) -> None:
 def test_a_picked_port_that_somebody_takes_first_is_picked_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loraplex.adapter_store import embedded_ports
-
     pick, picked = embedded_ports.pick, []
     with socket.create_server(("127.0.0.1", pick(0, "") + 1)) as taken:
 

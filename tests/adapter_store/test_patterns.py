@@ -6,7 +6,7 @@ import random
 import re
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex.adapter_store import AdapterRefused
 from loraplex.adapter_store.patterns import Pattern, PatternError, PatternTable
@@ -110,5 +110,5 @@ def test_any_text_is_a_pattern_or_refused(text: str) -> None:
         pattern = Pattern(text)
     except PatternError:
         return
-    assume(text.isascii())
-    pattern.fullmatch("model.layers.0.self_attn.q_proj")
+    if text.isascii():
+        pattern.fullmatch("model.layers.0.self_attn.q_proj")

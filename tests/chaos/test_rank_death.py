@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from loraplex.cluster.ports import free_port
 
-from tests.e2e.runs import Up, free_port
+from tests.e2e.runs import Up
 from tests.e2e.service import Service, Tenant
 
 pytestmark = [pytest.mark.soak, pytest.mark.cluster]

@@ -9,7 +9,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loraplex.adapter_store import DocumentError
 from loraplex.cluster.control import Controller, ControllerConfig, PlacementConfig, RoutingTable
+from loraplex.cluster.control.deleted import deleted_adapters
 from loraplex.workers import EngineReport, GroupReport
 
 MB = 1 << 20
@@ -284,6 +286,71 @@ def test_a_group_that_comes_up_during_a_purge_is_told_too():
     cluster.groups.append(late)
     cluster.step(times=2)
     assert gone not in late.engine.disk
+
+
+class Catalogue:
+    """Digests of each tenant's kept versions."""
+
+    def __init__(self, **digests: list[str]) -> None:
+        self.digests = digests
+        self.asked: list[str] = []
+
+    def blobs_in_use(self, tenant_id: str) -> set[tuple[str, str]]:
+        self.asked.append(tenant_id)
+        if tenant_id == "damaged":
+            raise DocumentError("not JSON")
+        return {(digest, "blob") for digest in self.digests.get(tenant_id, [])}
+
+
+def check_adapters(controller: Controller, catalogue: Catalogue) -> list[str]:
+    """What the controller's actor does every other second."""
+    asked = controller.unchecked()
+    deleted = deleted_adapters(catalogue, asked)
+    controller.checked(asked, deleted)
+    return deleted
+
+
+def test_a_restarted_controller_purges_what_was_deleted_without_it():
+    cluster = Cluster(groups=2)
+    gone, stays = keys(2)
+    cluster.step({gone: 50, stays: 50}, times=10)
+    cluster.groups[0].engine.disk[gone] = MB
+    cluster.restart_controller(epoch=2)
+    cluster.step({stays: 50}, times=2)
+    assert gone in cluster.controller.unchecked()
+    catalogue = Catalogue(tenant=[stays.partition("/")[2]])
+    assert check_adapters(cluster.controller, catalogue) == [gone]
+    assert catalogue.asked == ["tenant"]  # once, however many adapters and groups
+    cluster.step({stays: 50}, times=4)
+    assert not cluster.holders(gone)
+    assert all(gone not in group.engine.disk for group in cluster.groups)
+    assert cluster.holders(stays)
+    assert cluster.controller.unchecked() == []
+
+
+def test_groups_that_were_away_are_checked_when_they_come_back_and_others_never_again():
+    cluster = Cluster(groups=2)
+    gone, stays = keys(2)
+    cluster.step({gone: 50, stays: 50}, times=10)
+    check_adapters(cluster.controller, Catalogue(tenant=[k.partition("/")[2] for k in keys(2)]))
+    away = cluster.groups.pop()
+    away.load(gone)
+    cluster.step({gone: 50, stays: 50}, times=10)
+    assert cluster.controller.unchecked() == []
+    cluster.controller.purge([gone])
+    cluster.step(times=80)  # the purge ends without the one that is away
+    cluster.groups.append(away)
+    cluster.step(times=1)
+    assert gone in away.engine.gpu
+    assert check_adapters(cluster.controller, Catalogue(tenant=[stays.partition("/")[2]])) == [gone]
+    cluster.step(times=2)
+    assert gone not in away.engine.gpu
+
+
+def test_adapters_whose_catalogue_cannot_be_read_do_not_count_as_deleted():
+    catalogue = Catalogue(acme=["a", "b"])
+    held = ["acme/a", "acme/x", "damaged/a", "nobody/a"]
+    assert deleted_adapters(catalogue, held) == ["acme/x", "nobody/a"]
 
 
 def test_a_purge_that_a_group_never_obeys_ends_some_day():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 import urllib.request
 import uuid
@@ -14,12 +13,16 @@ import pytest
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import ray
-from loraplex.adapter_store import ObjectStore, next_epoch
+from loraplex.adapter_store import Catalogue, ObjectStore, next_epoch
 from loraplex.cluster.control import RoutingTable
-from loraplex.cluster.control.actor import CONTROLLER_NAME, start_controller
+from loraplex.cluster.control.actor import start_controller
+from loraplex.cluster.named_actors import CONTROLLER_NAME
+from loraplex.cluster.ports import free_port
 from loraplex.cluster.settings import RAY_NAMESPACE, Settings
 from loraplex.workers import EngineReport, GroupReport
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.cluster.gateway_fakes import publish
 
 pytestmark = pytest.mark.cluster
 
@@ -39,16 +42,26 @@ def local_ray():
 
 @pytest.fixture
 def settings(s3_server) -> Settings:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return Settings.load(
         store_url=f"{s3_server.url}/{uuid.uuid4().hex}",
         store_endpoint=s3_server.endpoint,
         store_access_key=s3_server.access_key,
         store_secret_key=s3_server.secret_key,
-        metrics_port=port,
+        metrics_port=free_port(),
     )
+
+
+@pytest.fixture
+def catalogue(settings) -> Catalogue:
+    return Catalogue(ObjectStore(**settings.store_options()))
+
+
+@pytest.fixture
+def adapter(catalogue) -> str:
+    """The key of a published adapter."""
+    tenant = catalogue.create_tenant("acme")
+    publish(catalogue, tenant.id, "style", "a" * 64)
+    return f"{tenant.id}/{'a' * 64}"
 
 
 @pytest.fixture
@@ -88,9 +101,9 @@ def until(condition, timeout_s: float = 20.0):
     return result
 
 
-def group_report(seen_epoch: int = 0, name: str = "g0") -> dict:
-    engine = EngineReport(pool_bytes_total=100, gpu={"t/a": 10})
-    report = GroupReport("workers", name, "127.0.0.1", 7000, 0, False, engine, seen_epoch)
+def group_report(seen_epoch: int = 0, gpu: tuple[str, ...] = ()) -> dict:
+    engine = EngineReport(pool_bytes_total=100, gpu=dict.fromkeys(gpu, 10))
+    report = GroupReport("workers", "g0", "127.0.0.1", 7000, 0, False, engine, seen_epoch)
     return report.to_wire()
 
 
@@ -99,14 +112,17 @@ def read(port: int, path: str) -> str:
         return response.read().decode()
 
 
-def test_it_serves_groups_gateways_and_operators_and_survives_its_own_death(settings, controller):
-    assert controller.report(group_report()) == {"epoch": 1, "desired": ["t/a"], "purge": []}
+def test_it_serves_groups_gateways_and_operators_and_survives_its_own_death(
+    settings, controller, adapter
+):
+    report = group_report(gpu=(adapter,))
+    assert controller.report(report) == {"epoch": 1, "desired": [adapter], "purge": []}
 
     def table() -> RoutingTable:
-        controller.report(group_report())
+        controller.report(report)
         return RoutingTable.from_wire(controller.table((0, 0)))
 
-    until(lambda: table().placement == {"t/a": ("g0",)})
+    until(lambda: table().placement == {adapter: ("g0",)})
     controller.register_target("gateway", {"replica": "r0"}, "127.0.0.1", 9)
     assert [t.kind for t in controller.metrics_targets()] == ["controller", "gateway"]
 
@@ -132,6 +148,26 @@ def test_it_serves_groups_gateways_and_operators_and_survives_its_own_death(sett
     again = Caller(start_controller(settings))
     assert again.status()["epoch"] == 2
     assert ray.get_actor(CONTROLLER_NAME, namespace=RAY_NAMESPACE) == controller.actor
+
+
+def test_adapters_that_were_deleted_without_it_are_purged_when_it_is_back(
+    catalogue, controller, adapter
+):
+    tenant_id = adapter.partition("/")[0]
+    publish(catalogue, tenant_id, "other", "b" * 64)
+    other = f"{tenant_id}/{'b' * 64}"
+    report = group_report(gpu=(adapter, other))
+    controller.report(report)
+    ray.kill(controller.actor, no_restart=False)
+    catalogue.delete_adapter(tenant_id, "style")
+    told = until(lambda: controller.report(report)["purge"])
+    assert told == [adapter]
+
+    def placement() -> dict:
+        controller.report(report)
+        return dict(RoutingTable.from_wire(controller.table((0, 0))).placement)
+
+    until(lambda: placement() == {other: ("g0",)})
 
 
 def test_a_store_that_lost_its_memory_does_not_stop_it(controller):

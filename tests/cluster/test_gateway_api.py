@@ -11,7 +11,7 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex.cluster.gateway import respond
+from loraplex.cluster.gateway import TextTokenizer, respond
 from loraplex.workers import GenerationRequest
 
 from tests.cluster.gateway_fakes import BASE, Bench, default_answer, make_bench
@@ -426,6 +426,35 @@ async def test_too_long_and_empty_prompts(bench):
     assert error_of(await complete(bench, tenant.key, prompt=[]), 400)["param"] == "prompt"
     assert error_of(await complete(bench, tenant.key, prompt=[-1]), 400)["param"] == "prompt"
     assert (await complete(bench, tenant.key, prompt=[7] * 399, max_tokens=1)).status_code == 200
+
+
+async def test_a_prompt_that_cannot_fit_is_refused_without_being_tokenized(bench, monkeypatch):
+    tenant = bench.tenant("acme")
+    most = 400 * bench.deps.tokenizer.chars_per_token
+    encoded: list[int] = []
+    encode = TextTokenizer.encode
+
+    def watched(self: TextTokenizer, text: str, **options: Any) -> list[int]:
+        encoded.append(len(text))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(TextTokenizer, "encode", watched)
+    for length in (most + 1, most):
+        text = "é" * length
+        for response, param in (
+            (await complete(bench, tenant.key, prompt=text), "prompt"),
+            (await complete(bench, tenant.key, prompt=["a", text]), "prompt"),
+        ):
+            error = error_of(response, 400)
+            assert error["code"] == "context_length_exceeded"
+            assert error["param"] == param
+            assert "400 tokens" in error["message"]
+        assert (length in encoded) == (length == most), "what may fit is tokenized"
+    error = error_of(
+        await chat(bench, tenant.key, messages=[{"role": "user", "content": "x" * most}]), 400
+    )
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    assert max(encoded) == most
 
 
 async def test_paths_and_methods_that_are_not_there(bench):

@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -139,8 +140,9 @@ async def test_known_keys_and_names_go_on_without_the_store_for_a_while(bench, m
         m.kwargs["authenticator"] for m in bench.app.user_middleware if m.cls is auth.AuthMiddleware
     )
     grace_s = bench.deps.settings.auth_grace_s
-    real = authenticator._clock
-    monkeypatch.setattr(authenticator, "_clock", lambda: real() + grace_s + 1)
+    watch = authenticator._watch
+    real = watch._clock
+    monkeypatch.setattr(watch, "_clock", lambda: real() + grace_s + 1)
     assert code_of(await ask(bench, tenant.key, "style"), 503) == "store_unavailable"
     bench.store.up = True
     assert (await ask(bench, tenant.key, "style")).status_code == 200
@@ -182,6 +184,43 @@ async def test_a_tenant_can_neither_use_nor_see_anothers_adapter(bench):
         ):
             assert code_of(await call, 404) == "adapter_not_found"
     assert (await ask(bench, acme.key, "style")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("no", "'no'"),
+        ("it's", "'it's'"),
+        ('a "b"', "'a \"b\"'"),
+        ("a\\b", "'a\\b'"),
+        ("é日本", "'é日本'"),
+        ("a\nb\u202e", "'a\\nb\\u202e'"),
+        ("x" * 999, f"'{'x' * 200}...'"),
+    ],
+)
+async def test_what_isnt_there_is_named_as_it_was_asked_for(bench, name, shown):
+    tenant = bench.tenant("acme")
+    path = quote(name, safe="")
+
+    def message(response: httpx.Response) -> str:
+        assert response.status_code == 404, response.text
+        return response.json()["error"]["message"]
+
+    no_model = f"the model {shown} does not exist or you do not have access to it; "
+    no_adapter = f"you have no adapter named {shown}; "
+    async with bench.client(tenant.key) as client:
+        assert message(await ask(bench, tenant.key, name)).startswith(no_model)
+        assert message(await client.get(f"/v1/models/{path}")).startswith(no_model)
+        assert message(await client.get(f"/v1/adapters/{path}")).startswith(no_adapter)
+        assert message(await client.delete(f"/v1/adapters/{path}")).startswith(no_adapter)
+        upload = await client.get(f"/v1/adapters/uploads/{path}")
+        assert message(upload) == f"you have no upload {shown}"
+    async with bench.client(bench.admin_key) as client:
+        no_tenant = f"there is no tenant {shown}"
+        assert message(await client.get(f"/admin/v1/tenants/{path}")) == no_tenant
+        assert message(await client.delete(f"/admin/v1/tenants/{path}")) == no_tenant
+        key = await client.delete(f"/admin/v1/tenants/{tenant.id}/keys/{path}")
+        assert message(key) == f"tenant {tenant.id} has no key {shown}"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import unicodedata
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,8 +19,9 @@ from loraplex.cluster.gateway.sampling import Plan
 from loraplex.cluster.gateway.stop import StopScanner
 from loraplex.cluster.gateway.tokenizer import TextTokenizer
 from loraplex.workers import SamplingParams, TokenLogprob, TokenOutput
+from tokenizers import Tokenizer, models
 
-from tests.cluster.gateway_texts import EOS, raw_tokenizer, text_tokenizer
+from tests.cluster.gateway_texts import EOS, SPECIAL, raw_tokenizer, text_tokenizer
 
 VOCAB = raw_tokenizer().get_vocab_size()
 any_ids = st.lists(st.integers(0, VOCAB + 3), max_size=40)
@@ -244,9 +248,70 @@ def test_template_conventions_of_transformers():
         ChatTemplate("{% for %}", {})
 
 
-def test_a_tokenizer_that_is_not_byte_level_is_refused():
-    from tokenizers import Tokenizer, models
+def made(**changes: Any) -> TextTokenizer:
+    """The tokenizer with other parts."""
+    facts = {**json.loads(raw_tokenizer().to_str()), **changes}
+    return TextTokenizer(Tokenizer.from_str(json.dumps(facts)), None, 8)
 
+
+@given(st.lists(st.sampled_from([*SPECIAL, "<think>", "<a b>", " dogs,", "e\u0301", "\u1f82"])))
+def test_no_token_stands_for_more_characters_than_the_longest(pieces):
+    for tokenizer in (text_tokenizer(), made(normalizer={"type": "NFC"})):
+        text = unicodedata.normalize("NFD", "".join(pieces))
+        assert tokenizer.chars_per_token is not None
+        assert len(text) <= len(tokenizer.encode(text)) * tokenizer.chars_per_token
+
+
+def test_the_longest_token_may_be_an_added_one():
+    longest = max(map(len, raw_tokenizer().get_vocab()))
+    assert text_tokenizer().chars_per_token == longest
+    assert made(normalizer={"type": "NFC"}).chars_per_token == 4 * longest
+    tokenizer = Tokenizer.from_str(raw_tokenizer().to_str())
+    tokenizer.add_tokens(["x" * 100])
+    assert TextTokenizer(tokenizer, None, 8).chars_per_token == 100
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "StripAccents"}]}},
+        {"pre_tokenizer": {"type": "WhitespaceSplit"}},
+        {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {
+                        "type": "Split",
+                        "pattern": {"String": " "},
+                        "behavior": "Removed",
+                        "invert": False,
+                    },
+                    json.loads(raw_tokenizer().to_str())["pre_tokenizer"],
+                ],
+            }
+        },
+        {
+            "truncation": {
+                "direction": "Right",
+                "max_length": 8,
+                "strategy": "LongestFirst",
+                "stride": 0,
+            }
+        },
+        {
+            "added_tokens": [
+                {**token, "lstrip": token["id"] == 0}
+                for token in json.loads(raw_tokenizer().to_str())["added_tokens"]
+            ]
+        },
+    ],
+)
+def test_tokens_have_no_bound_where_a_tokenizer_may_drop_text(changes):
+    assert made(**changes).chars_per_token is None
+
+
+def test_a_tokenizer_that_is_not_byte_level_is_refused():
     with pytest.raises(SettingsError, match="byte-level"):
         TextTokenizer(Tokenizer(models.BPE()), None, 8)
 

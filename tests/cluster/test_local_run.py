@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from loraplex.cluster.local_dir import DataDir, DataDirError, make_run_dir
-from loraplex.cluster.local_ray import ray_environment
+from loraplex.cluster.local_ray import RayStartError, ray_environment, start_serve
 from loraplex.cluster.local_watchdog import end_processes, processes_in
 from loraplex.cluster.settings import Settings
 from loraplex.cluster.up_checks import (
@@ -26,6 +26,7 @@ from loraplex.cluster.up_checks import (
     choose_device,
     gpu_count,
 )
+from ray.exceptions import RayTaskError
 
 
 def wait_for(condition, timeout_s: float = 10.0) -> bool:
@@ -187,6 +188,35 @@ class TestChecks:
             for text in (str(port), str(os.getpid()), "--port", "LORAPLEX_PORT")
         )
         check_port("127.0.0.1", port)
+
+    def test_port_that_is_taken_after_the_check_is_one_plain_error(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        cause = RuntimeError("Failed to bind to address '127.0.0.1:22111'.")
+
+        def start(**options: object) -> None:
+            raise RayTaskError("ProxyActor.ready", "Traceback: ...", cause).as_instanceof_cause()
+
+        monkeypatch.setattr("ray.serve.start", start)
+        with pytest.raises(CheckError) as caught:
+            start_serve(Settings(port=22111), tmp_path)
+        assert str(caught.value) == (
+            "port 22111 on 127.0.0.1 is in use. Choose another with --port or LORAPLEX_PORT"
+        )
+
+    def test_other_failures_of_serve_are_one_line_with_the_logs_folder(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        def start(**options: object) -> None:
+            cause = RuntimeError("no such thing")
+            raise RayTaskError("ProxyActor.ready", "Traceback: ...", cause).as_instanceof_cause()
+
+        monkeypatch.setattr("ray.serve.start", start)
+        with pytest.raises(RayStartError) as caught:
+            start_serve(Settings(port=22111), tmp_path)
+        assert str(caught.value) == (
+            f"Ray Serve did not start: no such thing. Its logs are in {tmp_path}"
+        )
 
     def test_foreign_address_is_named(self) -> None:
         with pytest.raises(CheckError, match=r"192\.0\.2\.77.*--host"):

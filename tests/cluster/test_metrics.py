@@ -29,6 +29,7 @@ from loraplex.cluster.metrics import (
     serve_metrics,
     serve_routes,
 )
+from loraplex.cluster.ports import free_port
 from loraplex.workers import EngineReport
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -367,12 +368,6 @@ def test_http_sd_lists_targets_with_their_labels_in_a_stable_order():
     ]
     assert http_sd(targets) == http_sd(reversed(targets))
     assert all(isinstance(v, str) for t in listed for v in t["labels"].values())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def get(port: int, path: str, token: str | None = None) -> tuple[int, str]:

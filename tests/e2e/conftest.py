@@ -8,9 +8,10 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from loraplex.cluster.ports import free_port
 
 from tests.e2e.oracle import Oracle
-from tests.e2e.runs import Up, free_port
+from tests.e2e.runs import Up
 from tests.e2e.service import Service
 
 # Two pools of this size don't hold the four adapters, 9.6 MB in float32, in any distribution.

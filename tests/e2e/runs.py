@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,11 +17,6 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = Path(os.environ.get("LORAPLEX_DEMO_DIR") or ROOT / "deploy/demo")
 READY_S = 180.0  # one busy core; the product's own goal is measured by the benchmarks
 STOP_S = 30.0
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 class Up:

@@ -16,8 +16,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from loraplex.cluster.ports import free_port
 
-from tests.e2e.runs import DEMO, READY_S, ROOT, Up, free_port
+from tests.e2e.runs import DEMO, READY_S, ROOT, Up
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.cluster]
 

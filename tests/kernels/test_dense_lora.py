@@ -2,14 +2,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex.kernels import DenseSegments, LoraBatch, lora_linear_, lora_linear_reference
+from loraplex.kernels import LoraBatch, lora_linear_, lora_linear_reference
 
 from .cases import PRODUCTS, assert_close, products_by
 from .factors import random_dense_tables
 
 
+def batch_of(token_slot: torch.Tensor) -> LoraBatch:
+    return LoraBatch(token_slot, None)
+
+
 @pytest.mark.parametrize("way", PRODUCTS)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     seed=st.integers(0, 2**31),
     tokens=st.integers(1, 60),
@@ -35,19 +39,19 @@ def test_any_batch_adds_what_the_reference_says(
         token_slot = token_slot.sort().values
     out = base.clone()
     with products_by(way):
-        lora_linear_(out, x, tables, DenseSegments.from_token_slot(token_slot))
+        lora_linear_(out, x, tables, batch_of(token_slot))
     assert_close(out, base + lora_linear_reference(x, tables, token_slot))
 
 
 def test_ordered_batches_are_taken_as_they_come():
-    segments = DenseSegments.from_token_slot(torch.tensor([-1, -1, 0, 0, 2]))
+    segments = batch_of(torch.tensor([-1, -1, 0, 0, 2])).host_segments
     assert segments.order is None
     runs = zip(segments.slot, segments.first_row, segments.end_row, strict=True)
     assert [tuple(map(int, run)) for run in runs] == [(0, 2, 4), (2, 4, 5)]
 
 
 def test_mixed_batches_are_sorted_once():
-    segments = DenseSegments.from_token_slot(torch.tensor([2, -1, 0, 2, 0]))
+    segments = batch_of(torch.tensor([2, -1, 0, 2, 0])).host_segments
     assert segments.order is not None
     assert segments.order.tolist() == [1, 2, 4, 0, 3]
     assert segments.slot.tolist() == [0, 2]
@@ -62,7 +66,7 @@ def test_one_output_may_be_a_view_of_a_larger_one():
     tables = random_dense_tables(1, 2, 16, (8,), ranks=(4,), absent=0.0)
     x, token_slot = torch.randn(6, 16), torch.tensor([0, 0, 1, 1, 1, 1])
     wide = torch.zeros(6, 20)
-    lora_linear_(wide[:, 5:13], x, tables, DenseSegments.from_token_slot(token_slot))
+    lora_linear_(wide[:, 5:13], x, tables, batch_of(token_slot))
     assert_close(wide[:, 5:13], lora_linear_reference(x, tables, token_slot))
     assert not wide[:, :5].any()
     assert not wide[:, 13:].any()
@@ -72,10 +76,10 @@ def test_row_parallel_parts_sum_to_the_whole():
     """o_proj under TP 2: a rank holds a range of the input, so of the rows of A transposed."""
     tables = random_dense_tables(3, 3, 32, (12,), ranks=(4, 8), absent=0.0, a_transposed=True)
     x, token_slot = torch.randn(9, 32), torch.arange(9) % 3
-    segments = DenseSegments.from_token_slot(token_slot)
+    batch = batch_of(token_slot)
     total = torch.zeros(9, 12)
     for rank in range(2):
         mine = random_dense_tables(3, 3, 32, (12,), ranks=(4, 8), absent=0.0, a_transposed=True)
         mine.offset_a = tables.offset_a + rank * 16 * tables.rank
-        lora_linear_(total, x[:, rank * 16 : rank * 16 + 16].contiguous(), mine, segments)
+        lora_linear_(total, x[:, rank * 16 : rank * 16 + 16].contiguous(), mine, batch)
     assert_close(total, lora_linear_reference(x, tables, token_slot))

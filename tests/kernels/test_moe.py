@@ -1,19 +1,23 @@
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex.kernels import (
     FUSED_GATE_UP,
     SHARED_A13,
     SHARED_B2,
+    ClampedSwiglu,
     LoraBatch,
+    TorchBackend,
     fused_moe,
     gather_factors,
     moe_reference,
-    torch_backend,
 )
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from .cases import PRODUCTS, assert_close, products_by, random_layer
+from .hooks import BiasHooks
 
 LAYERS = {
     "seed": st.integers(0, 2**31),
@@ -29,11 +33,11 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("way", PRODUCTS)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(**LAYERS, top_k=st.integers(1, 4))
 def test_any_batch_gives_what_the_reference_says(way, top_k, **shape):
     layer = random_layer(top_k=min(top_k, shape["num_experts"]), **shape)
-    expected = moe_reference(*layer.args(), layer.tables, layer.token_slot)
+    expected = layer.expected()
     with products_by(way):
         out = fused_moe(*layer.args(), layer.tables, layer.token_slot)
     assert_close(out, expected)
@@ -51,7 +55,7 @@ def test_any_batch_gives_what_the_reference_says(way, top_k, **shape):
 ])  # fmt: skip
 def test_every_layout(way, layout):
     layer = random_layer(layout, 30, layouts=(layout,), absent=0.0)
-    expected = moe_reference(*layer.args(), layer.tables, layer.token_slot)
+    expected = layer.expected()
     with products_by(way):
         assert_close(fused_moe(*layer.args(), layer.tables, layer.token_slot), expected)
 
@@ -64,7 +68,7 @@ def test_the_demo_models_shape(way, tokens):
         tokens, tokens, hidden=256, intermediate=128, num_experts=16, top_k=4, slots=5,
         ranks=(8, 16), one_rank_per_slot=True, absent=0.1, alignment=64,
     )  # fmt: skip
-    expected = moe_reference(*layer.args(), layer.tables, layer.token_slot)
+    expected = layer.expected()
     with products_by(way):
         assert_close(fused_moe(*layer.args(), layer.tables, layer.token_slot), expected)
 
@@ -73,7 +77,7 @@ def test_the_demo_models_shape(way, tokens):
 def test_all_tokens_on_one_expert(way):
     layer = random_layer(1, 50, top_k=1)
     layer.topk_ids.fill_(4)
-    expected = moe_reference(*layer.args(), layer.tables, layer.token_slot)
+    expected = layer.expected()
     with products_by(way):
         assert_close(fused_moe(*layer.args(), layer.tables, layer.token_slot), expected)
 
@@ -105,13 +109,13 @@ def test_the_reference_is_the_layer_with_merged_weights():
                 gate, up = (w13[expert] @ layer.x[t]).split(intermediate)
                 y = w2[expert] @ (torch.nn.functional.silu(gate) * up)
                 out[t] += layer.topk_weights[t, k] * y
-    assert_close(moe_reference(*layer.args(), layer.tables, layer.token_slot), out)
+    assert_close(layer.expected(), out)
 
 
 @pytest.mark.parametrize("way", PRODUCTS)
 def test_base_model_only(way):
     layer = random_layer(8, 30)
-    expected = moe_reference(*layer.args())
+    expected = layer.expected_base()
     nobody = torch.full((30,), -1, dtype=torch.int32)
     with products_by(way):
         assert_close(fused_moe(*layer.args()), expected)
@@ -133,7 +137,7 @@ def test_a_batch_made_once_serves_every_layer():
 def test_half_precision_is_near_the_reference(dtype):
     layer = random_layer(9, 30, dtype=dtype)
     layer.x, layer.w13, layer.w2 = layer.x.to(dtype), layer.w13.to(dtype), layer.w2.to(dtype)
-    expected = moe_reference(*layer.args(), layer.tables, layer.token_slot)
+    expected = layer.expected()
     out = fused_moe(*layer.args(), layer.tables, layer.token_slot)
     assert out.dtype == dtype
     assert_close(out, expected, tolerance=3e-2)
@@ -141,7 +145,7 @@ def test_half_precision_is_near_the_reference(dtype):
 
 def test_factors_of_another_precision_than_the_activations():
     layer = random_layer(10, 30, dtype=torch.bfloat16)
-    expected = moe_reference(*layer.args(), layer.tables, layer.token_slot)
+    expected = layer.expected()
     assert_close(fused_moe(*layer.args(), layer.tables, layer.token_slot), expected)
 
 
@@ -161,21 +165,65 @@ def test_inputs_may_be_strided(way):
     layer.x = torch.cat((layer.x, layer.x), 1)[:, :40]
     layer.w13 = layer.w13.transpose(1, 2).contiguous().transpose(1, 2)
     layer.w2 = torch.cat((layer.w2, layer.w2), 2)[:, :, :24]
-    expected = moe_reference(*layer.args(), layer.tables, layer.token_slot)
+    expected = layer.expected()
     with products_by(way):
         assert_close(fused_moe(*layer.args(), layer.tables, layer.token_slot), expected)
 
 
-def test_stages_and_hooks_make_the_layer():
+def test_stages_make_the_layer():
     """What a runner does that calls the stages itself."""
-    layer = random_layer(13, 20)
+    layer, backend = random_layer(13, 20), TorchBackend()
     lora_batch = LoraBatch.from_token_slot(layer.token_slot)
-    batch = torch_backend.align(layer.topk_ids, lora_batch, 6)
-    h = torch_backend.gate_up(layer.x, layer.w13, batch)
-    torch_backend.lora_gate_up_(h, layer.x, batch, layer.tables)
-    a = torch_backend.activate(h)
-    y = torch_backend.down(a, layer.w2, batch)
-    torch_backend.lora_down_(y, a, batch, layer.tables)
-    out = torch_backend.combine(y, layer.topk_weights, batch)
+    batch = backend.align(layer.topk_ids, lora_batch, layer.weights)
+    h = backend.gate_up(layer.x, layer.weights, batch)
+    backend.lora_gate_up_(h, layer.x, batch, layer.tables)
+    a = backend.activate(h, layer.weights)
+    y = backend.down(a, layer.weights, batch)
+    backend.lora_down_(y, a, batch, layer.tables)
+    out = backend.combine(y, layer.topk_weights, layer.topk_ids, batch)
     assert (h.shape, a.shape, y.shape) == ((40, 48), (40, 24), (40, 40))
-    assert_close(out, moe_reference(*layer.args(), layer.tables, layer.token_slot))
+    assert_close(out, layer.expected())
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_hooks_see_and_change_what_lies_between_the_stages(adapted):
+    layer = random_layer(14, 20, skipped=0.3)
+    lora_batch = LoraBatch.from_token_slot(layer.token_slot) if adapted else None
+
+    def pairs_of(batch):
+        return batch.sorted_pairs, torch.ones_like(batch.sorted_pairs, dtype=torch.bool)
+
+    BiasHooks(layer, pairs_of).assert_seen_by(TorchBackend(), lora_batch)
+
+
+@pytest.mark.parametrize("way", PRODUCTS)
+@settings(max_examples=40)
+@given(seed=st.integers(0, 2**31), tokens=st.integers(0, 30), skipped=st.sampled_from([0.0, 0.4]))
+def test_the_clamped_activation_and_biases(way, seed, tokens, skipped):
+    layer = random_layer(seed, tokens, skipped=skipped, gpt_oss=True)
+    with products_by(way):
+        out = fused_moe(*layer.args(), layer.tables, layer.token_slot, **layer.options())
+        assert_close(out, layer.expected())
+        assert_close(fused_moe(*layer.args(), **layer.options()), layer.expected_base())
+
+
+def test_the_reference_of_gpt_oss_is_that_models_layer():
+    config = transformers.GptOssConfig(
+        hidden_size=40, intermediate_size=24, num_local_experts=6, num_experts_per_tok=2
+    )
+    experts = GptOssExperts(config).eval()
+    layer = random_layer(15, 25, gpt_oss=True)
+    layer.x *= 8.0  # beyond the limit of 7
+    layer.clamped = ClampedSwiglu()
+    assert layer.w13_bias is not None
+    with torch.no_grad():
+        # Gate and up rows alternate there, and the matrices are transposed.
+        for ours, theirs in (
+            (layer.w13, experts.gate_up_proj.transpose(1, 2)),
+            (layer.w13_bias, experts.gate_up_proj_bias),
+        ):
+            theirs[:, ::2], theirs[:, 1::2] = ours.chunk(2, 1)
+        experts.down_proj.copy_(layer.w2.transpose(1, 2))
+        experts.down_proj_bias.copy_(layer.w2_bias)
+        expected = experts(layer.x, layer.topk_ids.long(), layer.topk_weights)
+    assert_close(layer.expected_base(), expected)

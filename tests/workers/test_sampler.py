@@ -56,6 +56,13 @@ def test_a_row_draws_the_same_whatever_its_batch():
     assert together == alone
 
 
+def test_the_largest_number_still_draws_a_token_of_the_filter(monkeypatch):
+    largest = 1 - 2**-53
+    monkeypatch.setattr("loraplex.workers.sampler.uniform", lambda seed, position: largest)
+    row = torch.arange(40.0)[None]
+    assert sample(row.clone(), [Draw(SamplingParams(temperature=1.0, top_k=3), 0)]).item() == 37
+
+
 def test_greedy_and_banned_ids():
     rows = torch.randn(3, 40)
     best = rows.argmax(-1).tolist()

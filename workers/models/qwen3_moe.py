@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ...kernels import LoraBatch, MoeRunner, lora_linear_
+from ...kernels import LoraBatch, MoeRunner, MoeWeights, lora_linear_
 from ..adapter_pool import AdapterPool
 from ..attention import AttentionBatch, PagedKVCache
 from ..comm import Comm
@@ -26,8 +26,7 @@ class _Layer:
     o: torch.Tensor  # [H, q]
     post_norm: torch.Tensor  # [H]
     router: torch.Tensor  # [E, H]
-    w13: torch.Tensor  # [E, 2 I, H], gate rows first
-    w2: torch.Tensor  # [E, H, I]
+    experts: MoeWeights
 
 
 class Qwen3Moe:
@@ -81,7 +80,7 @@ class Qwen3Moe:
             weights, ids = route(
                 F.linear(h, layer.router), self.config.top_k, self.config.norm_topk_prob
             )
-            y = self._runner(h, layer.w13, layer.w2, weights, ids, pool.experts[n], lora)
+            y = self._runner(h, layer.experts, weights, ids, pool.experts[n], lora)
             x = x + self._comm.all_reduce(y)
         return rms_norm(x, self._norm, eps)
 
@@ -105,7 +104,7 @@ class Qwen3Moe:
         s = self._shard
         qkv = F.linear(h, layer.qkv)
         if lora is not None:
-            lora_linear_(qkv, h, pool.qkv[n], lora.segments)
+            lora_linear_(qkv, h, pool.qkv[n], lora)
         q, k, v = qkv.split((s.q_size, s.kv_size, s.kv_size), dim=-1)
         # q and k take the same norm and rotation, each head with its own weight vector.
         q = self._rope.apply(rms_norm(q.reshape(t, -1, d), layer.q_norm, eps), cos, sin)
@@ -113,7 +112,7 @@ class Qwen3Moe:
         o = cache.attend(n, q, k, v.reshape(t, -1, d), attention)
         y = F.linear(o, layer.o)
         if lora is not None:
-            lora_linear_(y, o, pool.o[n], lora.segments)
+            lora_linear_(y, o, pool.o[n], lora)
         return self._comm.all_reduce(y)
 
 
@@ -124,7 +123,6 @@ def _load_layer(ck: Checkpoint, config: ModelConfig, shard: Shard, n: int) -> _L
         ck.get(f"{a}{name}.weight", rows=slice(*shard.rows(name)))
         for name in ("q_proj", "k_proj", "v_proj")
     ]
-    w13, w2 = _load_experts(ck, config, shard, p + "mlp.experts.")
     return _Layer(
         input_norm=ck.get(p + "input_layernorm.weight"),
         qkv=torch.cat(qkv),
@@ -133,25 +131,22 @@ def _load_layer(ck: Checkpoint, config: ModelConfig, shard: Shard, n: int) -> _L
         o=ck.get(a + "o_proj.weight", cols=slice(*shard.rows("o_proj"))).contiguous(),
         post_norm=ck.get(p + "post_attention_layernorm.weight"),
         router=ck.get(p + "mlp.gate.weight"),
-        w13=w13,
-        w2=w2,
+        experts=_load_experts(ck, config, shard, p + "mlp.experts."),
     )
 
 
-def _load_experts(
-    ck: Checkpoint, config: ModelConfig, shard: Shard, p: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """w13 [E, 2 I, H] and w2 [E, H, I], from one tensor per expert or from fused tensors."""
+def _load_experts(ck: Checkpoint, config: ModelConfig, shard: Shard, p: str) -> MoeWeights:
+    """From one tensor per expert or from fused tensors."""
     lo, hi = shard.intermediate_rows()
     if p + "gate_up_proj" in ck:
         whole = config.moe_intermediate_size
         w13 = ck.get(p + "gate_up_proj")
         w13 = torch.cat([w13[:, lo:hi], w13[:, whole + lo : whole + hi]], dim=1)
-        return w13.contiguous(), ck.get(p + "down_proj")[:, :, lo:hi].contiguous()
+        return MoeWeights(w13.contiguous(), ck.get(p + "down_proj")[:, :, lo:hi].contiguous())
     w13, w2 = [], []
     for e in range(config.num_experts):
         gate = ck.get(f"{p}{e}.gate_proj.weight", rows=slice(lo, hi))
         up = ck.get(f"{p}{e}.up_proj.weight", rows=slice(lo, hi))
         w13.append(torch.cat([gate, up]))
         w2.append(ck.get(f"{p}{e}.down_proj.weight", cols=slice(lo, hi)))
-    return torch.stack(w13), torch.stack(w2)
+    return MoeWeights(torch.stack(w13), torch.stack(w2))

@@ -1,0 +1,89 @@
+"""From the fetch of a pack to its opening by the last rank, nothing takes it from the disk."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loraplex.adapter_store import DiskTier, ObjectStore, Pack
+from loraplex.workers import AdapterRef
+from loraplex.workers.packs import PackFetcher
+from loraplex.workers.residency import Residency, Waiting
+
+from tests.adapter_store.uploads import Service, upload
+
+
+class OnePackPool:
+    """Has room for one adapter. Stands for rank 0's pool."""
+
+    max_slots = 4
+
+    def check_fits(self, pack: Pack) -> None: ...
+    def unload(self, slot: int) -> None: ...
+
+    def load(self, slot: int, pack: Pack) -> int:
+        return pack.nbytes
+
+
+class Rank0:
+    """A disk for one pack, and who moves packs from there into the pool."""
+
+    def __init__(self, store: ObjectStore, folder: Path) -> None:
+        service = Service(store, folder / "scratch")
+        digests = [service.publish(f"bot-{i}", upload(i)).digest for i in range(2)]
+        self.a, self.b = (AdapterRef(service.tenant_id, digest) for digest in digests)
+        probe = DiskTier(folder / "probe", store, 1 << 30)
+        nbytes = probe.ensure(service.tenant_id, digests[0])[0].stat().st_size
+        self.tier = DiskTier(folder / "tier", store, nbytes)
+        fetcher = PackFetcher(self.tier, 1)
+        pool: Any = OnePackPool()
+        self.residency = Residency(pool, fetcher, None)
+
+    def acquire(self, ref: AdapterRef) -> str:
+        """The path that the step message names."""
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                slot, _ = self.residency.acquire(ref)
+            except Waiting:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+                continue
+            [path] = [c.path for c in self.residency.take_changes() if c.slot == slot]
+            assert path is not None
+            return path
+
+
+@pytest.fixture
+def rank_0(store: ObjectStore, tmp_path: Path) -> Rank0:
+    return Rank0(store, tmp_path)
+
+
+def test_a_pack_that_a_step_names_is_not_evicted_before_other_ranks_have_opened_it(
+    rank_0: Rank0, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplex.workers.residency.HANDOVER_S", 1.0)
+    path = rank_0.acquire(rank_0.a)
+    with ThreadPoolExecutor(1) as threads:
+        other = threads.submit(rank_0.tier.ensure, rank_0.b.tenant_id, rank_0.b.digest)
+        time.sleep(0.5)
+        assert Pack.open(path).digest == rank_0.a.digest
+        rank_0.tier.remove(rank_0.a.key)
+        assert Pack.open(path).digest == rank_0.a.digest
+        other.result(10)  # the pin has ended
+    assert list(rank_0.tier.resident()) == [rank_0.b.key]
+
+
+def test_a_pack_that_was_evicted_before_it_was_used_is_fetched_again(rank_0: Rank0) -> None:
+    rank_0.residency.want(rank_0.a)
+    deadline = time.monotonic() + 10
+    while rank_0.residency.loading:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    rank_0.tier.ensure(rank_0.b.tenant_id, rank_0.b.digest)
+    assert list(rank_0.tier.resident()) == [rank_0.b.key]
+    assert Pack.open(rank_0.acquire(rank_0.a)).digest == rank_0.a.digest
+    assert rank_0.residency.load_failures == 0
