@@ -44,7 +44,9 @@ class LayerInput:
         args = (self.x, self.w13, self.w2, self.routing.weights, self.routing.ids)
         if self.tables is None or self.token_slot is None:
             return partial(fused_moe, *args)
-        batch = LoraBatch.from_token_slot(self.token_slot, ordered=True)  # once a step, not timed
+        batch = LoraBatch.from_token_slot(  # once a step, not timed
+            self.token_slot, ordered=True, num_adapters=int(self.token_slot.unique().numel())
+        )
         return partial(fused_moe, *args, lora=self.tables, token_slot=batch)
 
     def reference(self, rows: torch.Tensor) -> torch.Tensor:

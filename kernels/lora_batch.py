@@ -46,17 +46,21 @@ class LoraBatch:
 
     token_slot: torch.Tensor  # int32 [T], -1 = base model
     order: torch.Tensor | None  # int32 [T], tokens by slot; None = as they come (or not on a GPU)
+    num_adapters: int = 8  # about how many there are: a hint for tile sizes, nothing depends on it
     # Token blocks by block size, for dense projections on a GPU; filled as they are asked for.
     token_blocks: dict[int, AlignedBatch] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def from_token_slot(cls, token_slot: torch.Tensor, ordered: bool = False) -> LoraBatch | None:
+    def from_token_slot(
+        cls, token_slot: torch.Tensor, ordered: bool = False, num_adapters: int | None = None
+    ) -> LoraBatch | None:
         """A step's batch. On a GPU nothing is read back, so that this can be captured in a graph.
 
         Args:
             token_slot: int32 [T], -1 = base model.
             ordered: the caller vouches that slots don't decrease along the batch, which saves a
                 sort on a GPU.
+            num_adapters: about how many adapters there are, if known: tiles are chosen by it.
 
         Returns:
             None if no token has an adapter, as far as can be seen from the host: such a step does
@@ -67,7 +71,9 @@ class LoraBatch:
             batch = cls(token_slot, None)
             return batch if batch.host_segments.slot.size else None
         order = None if ordered else token_slot.argsort(stable=True).int()
-        return cls(token_slot.int().contiguous(), order)
+        if num_adapters is None:
+            num_adapters = max(1, min(8, token_slot.numel()))
+        return cls(token_slot.int().contiguous(), order, num_adapters)
 
     @cached_property
     def host_segments(self) -> HostSegments:

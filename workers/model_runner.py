@@ -114,7 +114,9 @@ class ModelRunner:
             token_slot = torch.repeat_interleave(
                 torch.tensor(slots, dtype=torch.int32), torch.tensor(counts)
             )
-            lora = LoraBatch.from_token_slot(token_slot.to(self.device), ordered=True)
+            lora = LoraBatch.from_token_slot(
+                token_slot.to(self.device), ordered=True, num_adapters=len(set(slots) - {-1})
+            )
         hidden = self.model.forward(
             ids,
             positions.to(self.device),

@@ -38,7 +38,7 @@ def expand_add_kernel(
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     row = block * BM + tl.arange(0, BM)
     acc = tl.zeros([BM, BN], tl.float32)
-    for group in range(0, groups, EK // GROUP):
+    for group in tl.range(0, groups, EK // GROUP):
         acc = add_groups(
             acc, s, row, list_id, groups, group, part * part_stride,
             group_b, group_rank, group_nth, group_first, group_end, list_length,

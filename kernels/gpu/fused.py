@@ -52,7 +52,7 @@ class FusedBackend(HookedBackend):
             hidden, intermediate, rows.top_k, x.stride(0), a.stride(0),
             1.0 if clamped is None else clamped.alpha, 1.0 if clamped is None else clamped.limit,
             weight_tiles(weights.w13, tile),
-            **expand_flags(shrunk, tile.expand_k), BIAS=weights.w13_bias is not None,
+            **expand_flags(shrunk, tile), BIAS=weights.w13_bias is not None,
             CLAMPED=clamped is not None,
             **gemm_flags(tile, rows, hidden, intermediate),
         )  # fmt: skip

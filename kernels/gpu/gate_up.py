@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .expand import add_groups
+from .expand import add_group, add_groups, group_ahead
 from .launch import pdl_launch_dependents, pdl_wait
 from .shrink import GROUP
 
@@ -32,6 +32,7 @@ def _gate_up_tile(
     s_stride, split_stride, part_stride,
     hidden, intermediate, top_k, x_stride, out_stride, alpha, limit, w_tiles,
     LORA: tl.constexpr, ALIGNED: tl.constexpr, SPLITS: tl.constexpr, EK: tl.constexpr,
+    AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     BIAS: tl.constexpr, CLAMPED: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -43,6 +44,12 @@ def _gate_up_tile(
     pair = tl.load(sorted_pairs + row, mask=here, other=0, cache_modifier=".cg")
     x_row = x + (pair // top_k).to(tl.int64)[:, None] * x_stride
     w_gate = w13 + (expert * 2 * intermediate + n)[None, :] * hidden
+    groups = (group_b, group_rank, group_nth, group_first, group_end, list_length)
+    if AHEAD:
+        gate_groups = tl.load(group_count + block * 2)
+        up_groups = tl.load(group_count + block * 2 + 1)
+        gate_ahead = group_ahead(block * 2, gate_groups, *groups)
+        up_ahead = group_ahead(block * 2 + 1, up_groups, *groups)
     gate = tl.zeros([ROWS, BN], tl.float32)
     up = tl.zeros([ROWS, BN], tl.float32)
     for k0 in range(0, hidden, BK):
@@ -65,21 +72,47 @@ def _gate_up_tile(
         gate = tl.dot(xs, wg, gate, input_precision="ieee")
         up = tl.dot(xs, wu, up, input_precision="ieee")
     if LORA:
-        pdl_wait(PDL)
-        gate_groups = tl.load(group_count + block * 2)
-        up_groups = tl.load(group_count + block * 2 + 1)
         dtype = x.dtype.element_ty
-        for group in range(0, tl.maximum(gate_groups, up_groups), EK // GROUP):
+        rest = (pool, n, intermediate, s_stride, split_stride)
+        if AHEAD:
+            gate = add_group(gate, s, row, 0, *gate_ahead, *rest, ALIGNED, SPLITS, dtype)
+            up = add_group(up, s, row, part_stride, *up_ahead, *rest, ALIGNED, SPLITS, dtype)
+        else:
+            pdl_wait(PDL)
+            gate_groups = tl.load(group_count + block * 2)
+            up_groups = tl.load(group_count + block * 2 + 1)
+        most = tl.maximum(gate_groups, up_groups)
+        for nth in tl.range(1 if AHEAD else 0, most, EK // GROUP, num_stages=EXPAND_STAGES):
             gate = add_groups(
-                gate, s, row, block * 2, gate_groups, group, 0,
-                group_b, group_rank, group_nth, group_first, group_end, list_length,
-                pool, n, intermediate, s_stride, split_stride, ALIGNED, SPLITS, EK, dtype,
-            )  # fmt: skip
+                gate,
+                s,
+                row,
+                block * 2,
+                gate_groups,
+                nth,
+                0,
+                *groups,
+                *rest,
+                ALIGNED,
+                SPLITS,
+                EK,
+                dtype,
+            )
             up = add_groups(
-                up, s, row, block * 2 + 1, up_groups, group, part_stride,
-                group_b, group_rank, group_nth, group_first, group_end, list_length,
-                pool, n, intermediate, s_stride, split_stride, ALIGNED, SPLITS, EK, dtype,
-            )  # fmt: skip
+                up,
+                s,
+                row,
+                block * 2 + 1,
+                up_groups,
+                nth,
+                part_stride,
+                *groups,
+                *rest,
+                ALIGNED,
+                SPLITS,
+                EK,
+                dtype,
+            )
     if BIAS:
         bias_gate = bias + expert * 2 * intermediate + n
         gate += tl.load(bias_gate, mask=n < intermediate, other=0.0).to(tl.float32)[None, :]
@@ -100,14 +133,18 @@ def gate_up_kernel(
     hidden, intermediate, top_k, x_stride, out_stride, alpha, limit,
     w_tiles,
     LORA: tl.constexpr, ALIGNED: tl.constexpr, SPLITS: tl.constexpr, EK: tl.constexpr,
+    AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     BIAS: tl.constexpr, CLAMPED: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHORT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [rows, I]; x [T, H], w13 [E, 2I, H]. Programs walk the tiles that there are.
 
+    AHEAD: what the first group of ranks needs is looked up before the base product, which is to
+    wait for the shrink at once; else the base product runs beside the end of the shrink.
+
     SHORT: tiles whose rows fill no more than half of a block are computed at half the height.
     """
-    if not LORA:
+    if AHEAD or not LORA:
         pdl_wait(PDL)
         pdl_launch_dependents(PDL)
     tiles_n = tl.cdiv(intermediate, BN)
@@ -125,7 +162,8 @@ def gate_up_kernel(
                 pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end,
                 list_length, s_stride, split_stride, part_stride,
                 hidden, intermediate, top_k, x_stride, out_stride, alpha, limit, w_tiles,
-                LORA, ALIGNED, SPLITS, EK, BIAS, CLAMPED, EVEN, TMA, BM // 2, BN, BK, PDL,
+                LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES, BIAS, CLAMPED, EVEN, TMA,
+                BM // 2, BN, BK, PDL,
             )  # fmt: skip
         else:
             _gate_up_tile(
@@ -133,8 +171,9 @@ def gate_up_kernel(
                 pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end,
                 list_length, s_stride, split_stride, part_stride,
                 hidden, intermediate, top_k, x_stride, out_stride, alpha, limit, w_tiles,
-                LORA, ALIGNED, SPLITS, EK, BIAS, CLAMPED, EVEN, TMA, BM, BN, BK, PDL,
+                LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES, BIAS, CLAMPED, EVEN, TMA,
+                BM, BN, BK, PDL,
             )  # fmt: skip
-    if LORA:
+    if LORA and not AHEAD:
         pdl_wait(PDL)  # also programs that found no tile
         pdl_launch_dependents(PDL)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .expand import add_groups
+from .expand import add_group, add_groups, group_ahead
 from .launch import pdl_launch_dependents, pdl_wait
 from .shrink import GROUP
 
@@ -20,7 +20,8 @@ def _tile(
     s_stride, split_stride,
     inner, columns, top_k, x_stride, out_stride, w_tiles,
     BY_TOKEN: tl.constexpr, TO_PAIR: tl.constexpr, LORA: tl.constexpr, ALIGNED: tl.constexpr,
-    SPLITS: tl.constexpr, EK: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
+    SPLITS: tl.constexpr, EK: tl.constexpr, AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
+    BIAS: tl.constexpr, EVEN: tl.constexpr,
     TMA: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -35,6 +36,10 @@ def _tile(
         source = pair // top_k
     x_row = x + source.to(tl.int64)[:, None] * x_stride
     w_row = w + (expert * columns + n)[None, :] * inner
+    groups = (group_b, group_rank, group_nth, group_first, group_end, list_length)
+    if AHEAD:
+        count = tl.load(group_count + block)
+        ahead = group_ahead(block, count, *groups)
     acc = tl.zeros([ROWS, BN], tl.float32)
     for k0 in range(0, inner, BK):
         k = k0 + k_in_tile
@@ -51,15 +56,17 @@ def _tile(
             ws = tl.load(w_row + k[:, None], mask=inside, other=0.0)
         acc = tl.dot(xs, ws, acc, input_precision="ieee")
     if LORA:
-        pdl_wait(PDL)
-        groups = tl.load(group_count + block)
-        for group in range(0, groups, EK // GROUP):
+        dtype = x.dtype.element_ty
+        rest = (pool, n, columns, s_stride, split_stride)
+        if AHEAD:
+            acc = add_group(acc, s, row, 0, *ahead, *rest, ALIGNED, SPLITS, dtype)
+        else:
+            pdl_wait(PDL)
+            count = tl.load(group_count + block)
+        for nth in tl.range(1 if AHEAD else 0, count, EK // GROUP, num_stages=EXPAND_STAGES):
             acc = add_groups(
-                acc, s, row, block, groups, group, 0,
-                group_b, group_rank, group_nth, group_first, group_end, list_length,
-                pool, n, columns, s_stride, split_stride, ALIGNED, SPLITS, EK,
-                x.dtype.element_ty,
-            )  # fmt: skip
+                acc, s, row, block, count, nth, 0, *groups, *rest, ALIGNED, SPLITS, EK, dtype
+            )
     if BIAS:
         added = tl.load(bias + expert * columns + n, mask=n < columns, other=0.0)
         acc += added.to(tl.float32)[None, :]
@@ -80,7 +87,8 @@ def grouped_gemm_kernel(
     s_stride, split_stride,
     inner, columns, top_k, x_stride, out_stride, w_tiles,
     BY_TOKEN: tl.constexpr, TO_PAIR: tl.constexpr, LORA: tl.constexpr, ALIGNED: tl.constexpr,
-    SPLITS: tl.constexpr, EK: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
+    SPLITS: tl.constexpr, EK: tl.constexpr, AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
+    BIAS: tl.constexpr, EVEN: tl.constexpr,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SHORT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -88,9 +96,9 @@ def grouped_gemm_kernel(
 
     BY_TOKEN: x is [T, inner], read by each row's token; else [rows, inner].
     TO_PAIR: out is [T * K, N], written by pair and multiplied by the pair's routing weight.
-    SHORT: tiles whose rows fill no more than half of a block are computed at half the height.
+    AHEAD, SHORT: as in `gate_up_kernel`.
     """
-    if not LORA:
+    if AHEAD or not LORA:
         pdl_wait(PDL)
         pdl_launch_dependents(PDL)
     tiles_n = tl.cdiv(columns, BN)
@@ -106,7 +114,8 @@ def grouped_gemm_kernel(
                 pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end,
                 list_length, s_stride, split_stride,
                 inner, columns, top_k, x_stride, out_stride, w_tiles,
-                BY_TOKEN, TO_PAIR, LORA, ALIGNED, SPLITS, EK, BIAS, EVEN, TMA, BM // 2, BN, BK, PDL,
+                BY_TOKEN, TO_PAIR, LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES,
+                BIAS, EVEN, TMA, BM // 2, BN, BK, PDL,
             )  # fmt: skip
         else:
             _tile(
@@ -114,8 +123,9 @@ def grouped_gemm_kernel(
                 pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end,
                 list_length, s_stride, split_stride,
                 inner, columns, top_k, x_stride, out_stride, w_tiles,
-                BY_TOKEN, TO_PAIR, LORA, ALIGNED, SPLITS, EK, BIAS, EVEN, TMA, BM, BN, BK, PDL,
+                BY_TOKEN, TO_PAIR, LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES,
+                BIAS, EVEN, TMA, BM, BN, BK, PDL,
             )  # fmt: skip
-    if LORA:
+    if LORA and not AHEAD:
         pdl_wait(PDL)  # also programs that found no tile
         pdl_launch_dependents(PDL)

@@ -63,7 +63,8 @@ class HookedBackend(MoeBackend):
                 weights.hidden, weights.intermediate, weights.num_experts, top_k, weights.w13.dtype
             )
             device = device_name(topk_ids.device)
-            tiles = choose(shape, num_tokens, device, lora_batch is not None)
+            adapters = 0 if lora_batch is None else lora_batch.num_adapters
+            tiles = choose(shape, num_tokens, device, adapters)
         rows = align(topk_ids, lora_batch, tiles.block_m, weights.num_experts)
         return GpuBatch(rows, tiles)
 
@@ -153,7 +154,7 @@ def grouped_gemm(
         x, w, x if bias is None else bias, x if topk_weights is None else topk_weights, out,
         *batch_args(rows), *expand_args(shrunk, rows.num_blocks),
         inner, columns, rows.top_k, x.stride(0), out.stride(0), weight_tiles(w, tile),
-        BY_TOKEN=by_token, TO_PAIR=topk_weights is not None, **expand_flags(shrunk, tile.expand_k),
+        BY_TOKEN=by_token, TO_PAIR=topk_weights is not None, **expand_flags(shrunk, tile),
         BIAS=bias is not None, **gemm_flags(tile, rows, inner, columns),
     )  # fmt: skip
 

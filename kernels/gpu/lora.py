@@ -14,7 +14,7 @@ from .align import align
 from .expand_add import expand_add_kernel
 from .launch import USE_PDL, cdiv, next_power_of_2
 from .shrink import DENSE, DOWN, GATE_UP, shrink_kernel
-from .tiles import ShrinkTile
+from .tiles import GemmTile, ShrinkTile
 
 MAX_PROJECTIONS = 4  # dense projections that read one input
 TRITON_TYPES = {
@@ -59,12 +59,14 @@ def expand_args(shrunk: Shrunk | None, any_pointer: torch.Tensor) -> tuple:
     return (shrunk.pool, shrunk.s, *shrunk.groups, shrunk.s.stride(1), shrunk.s.stride(0))
 
 
-def expand_flags(shrunk: Shrunk | None, expand_k: int) -> dict:
+def expand_flags(shrunk: Shrunk | None, tile: GemmTile) -> dict:
     return {
         "LORA": shrunk is not None,
         "ALIGNED": shrunk is not None and shrunk.aligned,
         "SPLITS": 1 if shrunk is None else shrunk.splits,
-        "EK": expand_k,
+        "EK": tile.expand_k,
+        "AHEAD": shrunk is not None and tile.expand_ahead,
+        "EXPAND_STAGES": tile.expand_stages,
     }
 
 

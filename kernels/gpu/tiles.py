@@ -7,6 +7,8 @@ writes.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +30,10 @@ class GemmTile:
     persistent: int = 0
     # Ranks that LoRA's dot takes at a time, of several adapters together: a multiple of 16.
     expand_k: int = 32
+    expand_stages: int = 3  # pipeline stages of these steps
+    # Wait for the shrink before the base product instead of after it: hides where the first
+    # adapter's factors lie. For batches so large that the shrink is long done.
+    expand_ahead: bool = False
     tma: bool = False  # weights by the copy engine (Hopper and later; whole inner steps only)
     short: bool = False  # half-filled blocks of 64 rows or more at half the height
 
@@ -96,29 +102,32 @@ def heuristic(shape: MoeShape, num_tokens: int) -> MoeTiles:
 
 
 @lru_cache(maxsize=4096)
-def choose(shape: MoeShape, num_tokens: int, device: str, lora: bool) -> MoeTiles:
-    """Tiles for a layer: the table's entry for the nearest measured number of tokens."""
+def choose(shape: MoeShape, num_tokens: int, device: str, adapters: int) -> MoeTiles:
+    """Tiles for a layer: the measured entry that is nearest in adapters (0 = base model only),
+    then in tokens."""
     table = _table(device, shape)
-    entries = table.get("lora" if lora else "base") if table else None
-    if not entries:
+    measured = [count for count in table if (count > 0) == (adapters > 0)]
+    if not measured:
         return heuristic(shape, num_tokens)
-    nearest = min(entries, key=lambda tokens: (abs(_log(tokens) - _log(num_tokens)), tokens))
-    return entries[nearest]
+    entries = table[_nearest(measured, adapters)]
+    return entries[_nearest(entries, num_tokens)]
 
 
-def _log(tokens: int) -> float:
-    return torch.log2(torch.tensor(float(max(tokens, 1)))).item()
+def _nearest(numbers: Iterable[int], wanted: int) -> int:
+    """By ratio; the smaller of two that are as near."""
+    return min(numbers, key=lambda n: (abs(math.log((n or 1) / (wanted or 1))), n))
 
 
 @lru_cache(maxsize=256)
-def _table(device: str, shape: MoeShape) -> dict[str, dict[int, MoeTiles]] | None:
+def _table(device: str, shape: MoeShape) -> dict[int, dict[int, MoeTiles]]:
+    """Entries by adapters and tokens."""
     path = FOLDER / device.replace(" ", "_") / f"{shape.name}.json"
     if not path.is_file():
-        return None
-    read = json.loads(path.read_text())
+        return {}
     return {
-        kind: {int(tokens): from_json(entry) for tokens, entry in read.get(kind, {}).items()}
-        for kind in ("base", "lora")
+        int(adapters): {int(tokens): from_json(entry) for tokens, entry in entries.items()}
+        for adapters, entries in json.loads(path.read_text()).items()
+        if entries
     }
 
 

@@ -2,7 +2,7 @@
 
 Coordinate descent over the whole layer's time in a CUDA graph: block size and the two products'
 tiles on the base model, then again with adapters, and the shrinks' tiles. Candidates are compiled
-beforehand by a process per core, into Triton's disk cache.
+by a process per core before they are timed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ SHAPES = {
 }
 TOKENS = (1, 8, 32, 64, 256, 1024, 8192)
 RANK = 16
-EXPAND_K = (16, 64)
+# Ranks at a time, pipeline stages, whether the first group is looked up ahead.
+EXPANDS = (
+    (16, 3, False), (32, 1, False), (64, 1, False), (64, 3, False), (16, 3, True), (32, 1, True),
+    (64, 1, True), (64, 3, True), (128, 1, True),
+)  # fmt: skip
 ROUTINGS = 4  # of a few tokens, so that their weights don't stay in the cache
 
 
@@ -84,6 +88,15 @@ def _shrink_tiles(block_m: int) -> list[ShrinkTile]:
     ]  # fmt: skip
 
 
+def _expands(tile: GemmTile, block_m: int) -> list[GemmTile]:
+    """Small blocks leave out what only pays in large ones."""
+    return [
+        replace(tile, expand_k=k, expand_stages=stages, expand_ahead=ahead)
+        for k, stages, ahead in EXPANDS
+        if block_m >= 64 or not ahead
+    ]
+
+
 def _steps(block_m: int, adapters: int) -> list[tuple[str, Callable[[MoeTiles], list]]]:
     """What is varied in turn, and its candidates given the best tiles so far."""
     gemms, shrinks = _gemm_tiles(block_m), _shrink_tiles(block_m)
@@ -100,19 +113,20 @@ def _steps(block_m: int, adapters: int) -> list[tuple[str, Callable[[MoeTiles], 
         steps += [
             ("shrink_gate_up", lambda _: shrinks),
             ("shrink_down", lambda _: shrinks),
-            ("gate_up", lambda best: [replace(best.gate_up, expand_k=k) for k in EXPAND_K]),
-            ("down", lambda best: [replace(best.down, expand_k=k) for k in EXPAND_K]),
+            ("gate_up", lambda best: _expands(best.gate_up, block_m)),
+            ("down", lambda best: _expands(best.down, block_m)),
         ]
     return steps
 
 
-def _block_sizes(shape: MoeShape, num_tokens: int) -> list[int]:
+def _block_sizes(shape: MoeShape, num_tokens: int, adapters: int) -> list[int]:
     rows = num_tokens * shape.top_k / shape.num_experts
     if rows <= 8:
         return [16]
     if rows <= 32:
         return [16, 32, 64]
-    return [64, 128]
+    # Many short runs waste less of a lower block.
+    return [64, 128] if rows <= 256 or adapters >= 32 else [128]
 
 
 @dataclass
@@ -141,7 +155,7 @@ class Problem:
             lora: tuple = (None, None)
             if adapters:
                 slot = torch.arange(num_tokens, device="cuda") * adapters // num_tokens
-                lora = (self.tables, LoraBatch.from_token_slot(slot.int(), ordered=True))
+                lora = (self.tables, LoraBatch.from_token_slot(slot.int(), True, adapters))
             calls.append((x, self.weights, topk_weights, ids.int(), *lora))
         return calls
 
@@ -206,21 +220,56 @@ def _try(tiles: MoeTiles, calls: list[tuple], say: str = "") -> float:
     return us
 
 
-def tune(problem: Problem, num_tokens: int, adapters: int, verbose: bool) -> tuple[MoeTiles, float]:
+class Compiler:
+    """Compiles candidates in parallel, into Triton's disk cache, by running each once."""
+
+    def __init__(self, shape: MoeShape, processes: int):
+        self._pool = ProcessPoolExecutor(
+            processes, get_context("spawn"), initializer=_start_compiling, initargs=(shape,)
+        )
+        self._done: set[tuple[MoeTiles, bool]] = set()
+
+    def __call__(self, num_tokens: int, lora: bool, candidates: list[MoeTiles]) -> None:
+        new = [tiles for tiles in candidates if (tiles, lora) not in self._done]
+        self._done.update((tiles, lora) for tiles in new)
+        list(self._pool.map(_compile, [(num_tokens, lora, tiles) for tiles in new]))
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+_problem: Problem  # of a compiling process
+
+
+def _start_compiling(shape: MoeShape) -> None:
+    global _problem
+    _problem = Problem(shape, 1)
+
+
+def _compile(job: tuple[int, bool, MoeTiles]) -> None:
+    num_tokens, lora, tiles = job
+    _try(tiles, _problem.calls(num_tokens, int(lora))[:1])
+
+
+def tune(
+    problem: Problem, num_tokens: int, adapters: int, compiler: Compiler, verbose: bool
+) -> tuple[MoeTiles, float]:
     """The best tiles found for a number of tokens, and their time."""
     calls = problem.calls(num_tokens, adapters)
     overall: tuple[MoeTiles, float] | None = None
-    for block_m in _block_sizes(problem.shape, num_tokens):
+    for block_m in _block_sizes(problem.shape, num_tokens, adapters):
         gemms, shrinks = _gemm_tiles(block_m), _shrink_tiles(block_m)
-        best = replace(
-            tile_tables.heuristic(problem.shape, num_tokens), block_m=block_m,
-            gate_up=gemms[3], down=gemms[3], shrink_gate_up=shrinks[2], shrink_down=shrinks[2],
-        )  # fmt: skip
+        best = MoeTiles(block_m, gemms[3], gemms[3], shrinks[2], shrinks[2])
+        # Both products' tiles at once: the first step then finds the second one's compiled.
+        both = zip(gemms, [*gemms[1:], gemms[0]], strict=True)
+        first = [replace(best, gate_up=one, down=other) for one, other in both]
+        compiler(num_tokens, adapters > 0, [best, *first])
         best_us = _try(best, calls)
         for name, candidates in _steps(block_m, adapters):
-            for candidate in candidates(best):
-                tiles = replace(best, **{name: candidate})
-                say = f"T={num_tokens} a={adapters} bm={block_m} {name} {candidate}"
+            options = [replace(best, **{name: candidate}) for candidate in candidates(best)]
+            compiler(num_tokens, adapters > 0, options)
+            for tiles in options:
+                say = f"T={num_tokens} a={adapters} bm={block_m} {name} {getattr(tiles, name)}"
                 us = _try(tiles, calls, say if verbose else "")
                 if us < best_us:
                     best, best_us = tiles, us
@@ -232,44 +281,11 @@ def tune(problem: Problem, num_tokens: int, adapters: int, verbose: bool) -> tup
     return overall
 
 
-def _compile(job: tuple[MoeShape, list[tuple[int, int, MoeTiles]]]) -> None:
-    """Run each candidate once, which leaves it in Triton's disk cache."""
-    shape, candidates = job
-    problem = Problem(replace(shape), 2)
-    for num_tokens, adapters, tiles in candidates:
-        call = problem.calls(num_tokens, adapters)[0]
-        try:
-            MoeRunner(FusedBackend(tiles))(*call)
-        except Exception as error:
-            if "out of resource" not in str(error):
-                raise
-
-
-def precompile(shape: MoeShape, tokens: list[int], processes: int) -> None:
-    """Compile every candidate, in parallel."""
-    seen, candidates = set(), []
-    for num_tokens in tokens:
-        for block_m in _block_sizes(shape, num_tokens):
-            gemms, shrinks = _gemm_tiles(block_m), _shrink_tiles(block_m)
-            for nth in range(max(len(gemms), len(shrinks))):
-                gemm, shrink = gemms[nth % len(gemms)], shrinks[nth % len(shrinks)]
-                # The expand depends on the shrink's splits, so these vary too.
-                for adapters in (0, 1):
-                    key = (block_m, gemm, shrink if adapters else None, adapters)
-                    if key not in seen:
-                        seen.add(key)
-                        tiles = MoeTiles(block_m, gemm, gemm, shrink, shrink)
-                        candidates.append((num_tokens, adapters, tiles))
-    jobs = [(shape, candidates[i::processes]) for i in range(processes)]
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        list(pool.map(_compile, jobs))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shapes", nargs="+", default=["qwen3-30b"], choices=[*SHAPES, "all"])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("--adapters", type=int, default=8, help="adapters of the tuned LoRA batch")
+    parser.add_argument("--adapters", nargs="+", type=int, default=[0, 1, 8, 64])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--out", type=Path, default=tile_tables.FOLDER)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
@@ -279,20 +295,23 @@ def main() -> None:
     for name in names:
         shape = MoeShape(*SHAPES[name], getattr(torch, args.dtype))
         begin = time.perf_counter()
-        precompile(shape, args.tokens, args.processes)
-        print(f"{name}: compiled in {time.perf_counter() - begin:.0f} s", flush=True)
-        problem = Problem(shape, args.adapters)
-        found: dict = {"base": {}, "lora": {}}
-        for num_tokens in args.tokens:
-            for kind, adapters in (("base", 0), ("lora", min(args.adapters, num_tokens))):
-                tiles, us = tune(problem, num_tokens, adapters, args.verbose)
-                found[kind][str(num_tokens)] = tile_tables.to_json(tiles)
-                print(f"{name} T={num_tokens} {kind}: {us:.1f} us {tiles}", flush=True)
+        compiler = Compiler(shape, args.processes)
+        problem = Problem(shape, max(args.adapters))
         device = tile_tables.device_name(torch.device("cuda")).replace(" ", "_")
         path = args.out / device / f"{shape.name}.json"
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        for num_tokens in args.tokens:
+            for adapters in args.adapters:
+                if adapters > num_tokens:
+                    continue
+                tiles, us = tune(problem, num_tokens, adapters, compiler, args.verbose)
+                entries = found.setdefault(str(adapters), {})
+                entries[str(num_tokens)] = tile_tables.to_json(tiles)
+                print(f"{name} T={num_tokens} {adapters} adapters: {us:.1f} us", flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n")
         print(f"{name}: {time.perf_counter() - begin:.0f} s, written to {path}", flush=True)
+        compiler.close()
         del problem
 
 

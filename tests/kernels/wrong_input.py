@@ -58,6 +58,7 @@ DENSE_TABLES = [
     ("pool", lambda p: p.view(1, -1), r"tables.pool must have shape \[any\]"),
     ("pool", lambda p: p.to("meta"), "tables.pool must be on .*, got meta"),
     ("rank", lambda r: r[:, :1], r"tables.rank must have a column for each of the 2 out_sizes"),
+    ("max_rank", lambda _: 257, "tables.max_rank must be from 1 to 256, got 257"),
 ]
 
 

@@ -90,6 +90,20 @@ def aligned_layer(seed: int, tokens: int, **options) -> Layer:
     return layer
 
 
+LAYOUTS = ("part of wider rows", "every other element")
+
+
+def laid_out(tensor: torch.Tensor, like: str) -> torch.Tensor:
+    """Equal values, in memory as a part of something larger whose rest must not matter."""
+    rest = torch.full_like(tensor, 77)
+    if like == "every other element":
+        result = torch.stack((tensor, rest), -1)[..., 0]
+    else:
+        result = torch.cat((tensor, rest), -1)[..., : tensor.shape[-1]]
+    assert not result.is_contiguous()
+    return result
+
+
 @contextmanager
 def persistent_grids(programs: int = 3) -> Iterator[None]:
     """Grids of so few programs where a tile asks for persistent ones, as if a GPU had no more

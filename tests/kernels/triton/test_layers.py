@@ -11,10 +11,12 @@ from loraplex.kernels import FUSED_GATE_UP, SHARED_A13, SHARED_B2
 from ..cases import assert_close, random_layer
 from .layers import (
     BACKENDS,
+    LAYOUTS,
     TILES,
     TOLERANCE,
     aligned_layer,
     interpreted,
+    laid_out,
     ordered,
     run,
     tiles,
@@ -39,10 +41,9 @@ DTYPES = st.sampled_from(list(TOLERANCE))
 ID_DTYPES = st.sampled_from([torch.int32, torch.int64])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=60)
+@settings(max_examples=80)
 @given(data=st.data(), dtype=DTYPES, id_dtype=ID_DTYPES, cut=TILES, top_k=st.integers(1, 3))
-def test_any_batch_gives_what_the_reference_says(backend, data, dtype, id_dtype, cut, top_k):
+def test_any_batch_gives_what_the_reference_says(data, dtype, id_dtype, cut, top_k):
     shape = data.draw(st.fixed_dictionaries(LAYERS))
     shape |= {"top_k": min(top_k, shape["num_experts"]), "dtype": data.draw(DTYPES)}
     if data.draw(st.booleans(), label="aligned"):
@@ -55,7 +56,9 @@ def test_any_batch_gives_what_the_reference_says(backend, data, dtype, id_dtype,
         layer.tables.max_rank = max(1, int(layer.tables.rank.max()))
     layer = layer.in_dtype(dtype)
     layer.topk_ids = layer.topk_ids.to(id_dtype)
-    out = run(layer, BACKENDS[backend](cut))
+    # Plain stages take the interpreter twice as long.
+    backend = BACKENDS[data.draw(st.sampled_from(["fused", "fused", "hooked"]))]
+    out = run(layer, backend(cut))
     assert out.dtype == dtype
     assert_close(out, layer.expected(), TOLERANCE[dtype])
 
@@ -168,20 +171,12 @@ def test_factors_of_another_precision_than_the_activations(backend, pool):
     assert_close(out, layer.expected(), TOLERANCE[dtype])
 
 
-def _columns(tensor: torch.Tensor, like: str) -> torch.Tensor:
-    """Equal values, laid out as a part of something larger."""
-    if like == "every other":
-        return torch.stack((tensor, torch.full_like(tensor, 77)), -1)[..., 0]
-    return torch.cat((tensor, torch.full_like(tensor, 77)), -1)[..., : tensor.shape[-1]]
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("like", ["a part", "every other"])
-@pytest.mark.parametrize("name", ["x", "w13", "w2", "topk_weights", "topk_ids"])
+@pytest.mark.parametrize("like", LAYOUTS)
+@pytest.mark.parametrize("name", ["x", "topk_weights", "topk_ids"])
 def test_inputs_may_be_strided(backend, name, like):
     layer = random_layer(12, 12)
-    strided = replace(layer, **{name: _columns(getattr(layer, name), like)})
-    assert not getattr(strided, name).is_contiguous()
+    strided = replace(layer, **{name: laid_out(getattr(layer, name), like)})
     assert_close(run(strided, BACKENDS[backend](tiles())), layer.expected())
 
 
