@@ -2,6 +2,9 @@
 
 Capacity is bytes. Every block (one factor of one adapter, layer and expert) lies where the pages
 had room; the tables of `loraplex.kernels` say where. Slots only number the resident adapters.
+
+A GPU reads factors 16 bytes at a time where every rank is a multiple of 8: there, ranks are rounded
+up when an adapter is loaded, with rows of A and columns of B that are zero.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ..adapter_store import ExpertEntry, Pack
+from ..adapter_store import ExpertEntry, Pack, PackLayer
 from ..kernels import (
     FUSED_GATE_UP,
     SHARED_A13,
@@ -22,6 +25,7 @@ from ..kernels import (
     DenseLoraTables,
     ExpertLoraTables,
 )
+from ..kernels.lora_tables import MAX_RANK
 from .config import ModelConfig
 from .errors import AdapterTooLarge, PoolFull, WorkerError
 from .pool_pages import BlockLayout, Pages
@@ -38,7 +42,7 @@ class _Block:
     """One tensor to place: how many elements, where from, and which table entries name it."""
 
     elements: int
-    read: Callable[[], np.ndarray]
+    read: Callable[[], np.ndarray]  # as it is to be stored
     table: torch.Tensor  # an offset table
     index: tuple[int, ...]  # of the entry that gets the offset
     shift: int = 0  # elements before it in a block of several parts; only shift 0 sets the table
@@ -65,17 +69,27 @@ class AdapterPool:
         dtype: torch.dtype,
         device: torch.device,
         max_slots: int,
+        max_rank: int = MAX_RANK,
+        rank_multiple: int = 1,
         poison: bool = False,
     ):
         """
         Args:
             pool_bytes: size of the buffer, rounded down to whole pages.
             dtype: of the factors in the pool; packs are cast to it when loaded.
+            max_rank: adapters of a larger one are refused.
+            rank_multiple: ranks are stored as multiples of this power of two.
             poison: overwrite freed blocks with NaN (tests).
+
+        Raises:
+            WorkerError: max_rank isn't from 1 to MAX_RANK.
         """
+        if not 1 <= max_rank <= MAX_RANK:
+            raise WorkerError(f"max_lora_rank must be from 1 to {MAX_RANK}, got {max_rank}")
         self._model, self._shard = model, shard
         self._dtype, self._device, self._poison = dtype, device, poison
         self._itemsize = torch.empty(0, dtype=dtype).element_size()
+        self._max_rank, self._multiple = max_rank, rank_multiple
         self.page_bytes = page_bytes(pool_bytes)
         self._page = self.page_bytes // self._itemsize
         self._pages = Pages(pool_bytes // self.page_bytes)
@@ -103,7 +117,8 @@ class AdapterPool:
         return self._layout(self._blocks(pack, slot=0)).pages * self.page_bytes
 
     def check_fits(self, pack: Pack) -> None:
-        """Raises AdapterTooLarge where `pack` can't fit even into the empty pool."""
+        """Raises AdapterTooLarge where `pack` can't be loaded even into the empty pool."""
+        self._check_rank(pack)
         needed = self.required_bytes(pack)
         if needed > self.total_bytes:
             raise AdapterTooLarge(
@@ -119,9 +134,11 @@ class AdapterPool:
 
         Raises:
             PoolFull: it doesn't fit beside what is resident.
+            AdapterTooLarge: a rank is over the limit, which the tables promise to the kernels.
         """
         if slot in self._runs:
             raise WorkerError(f"slot {slot} is in use")
+        self._check_rank(pack)
         blocks = list(self._blocks(pack, slot))
         layout = self._layout(blocks)
         starts = self._pages.allocate(layout.runs)
@@ -160,8 +177,21 @@ class AdapterPool:
                 self.buffer[first * self._page : (first + pages) * self._page] = float("nan")
             self._pages.release(first, pages)
 
+    def _check_rank(self, pack: Pack) -> None:
+        rank = max((rank for layer in pack.layers for rank in _ranks(layer)), default=0)
+        if rank > self._max_rank:
+            raise AdapterTooLarge(
+                f"adapter {pack.digest[:12]} has rank {rank}, at most {self._max_rank} is served; "
+                f"raise max_lora_rank (up to {MAX_RANK})"
+            )
+
+    def _stored(self, rank: int) -> int:
+        """The rank that the pool holds in place of `rank`."""
+        return -(-rank // self._multiple) * self._multiple
+
     def _layout(self, blocks: Iterable[_Block]) -> BlockLayout:
-        align = _ALIGN_BYTES // self._itemsize
+        # Both are powers of two.
+        align = max(_ALIGN_BYTES // self._itemsize, self._multiple)
         sizes: list[int] = []
         for block in blocks:
             if block.shift == 0:
@@ -182,8 +212,17 @@ class AdapterPool:
                 a_rows, b_rows = (rows, None) if tables.a_transposed else (None, rows)
                 a = pack.dense_a(layer, name, rows=a_rows)
                 b = pack.dense_b(layer, name, rows=b_rows)
-                yield _Block(a.size, lambda a=a: a, tables.offset_a, (slot, p))
-                yield _Block(b.size, lambda b=b: b, tables.offset_b, (slot, p))
+                for factor, axis, offsets in (
+                    (a, 1 if tables.a_transposed else 0, tables.offset_a),
+                    (b, 1, tables.offset_b),
+                ):
+                    stored = self._stored(factor.shape[axis])
+                    yield _Block(
+                        factor.size // factor.shape[axis] * stored,
+                        lambda f=factor, axis=axis, stored=stored: _padded(f, axis, stored),
+                        offsets,
+                        (slot, p),
+                    )
             if layer.experts is None:
                 continue
             for i in range(len(layer.experts.ids)):
@@ -197,26 +236,54 @@ class AdapterPool:
         tp = (self._shard.rank, self._shard.size)
         local = self._model.moe_intermediate_size // self._shard.size
         gate, up, down = experts.rank[i]
-        a_rows = gate if experts.fused_gate_up else gate + up
+        a_ranks = (gate,) if experts.fused_gate_up else (gate, up)
+        a_rows = sum(map(self._stored, a_ranks))
         hidden = self._model.hidden_size
         if a_rows and (i == 0 or not experts.shared_a13):
-            yield _Block(a_rows * hidden, lambda: pack.a13(layer, i), tables.offset_a13, at)
+            yield _Block(
+                a_rows * hidden,
+                lambda: self._padded_parts(pack.a13(layer, i), a_ranks),
+                tables.offset_a13,
+                at,
+            )
         shift = 0
-        parts: tuple[tuple[Literal["gate", "up"], int], ...] = (("gate", gate), ("up", up))
+        parts: tuple[tuple[Literal["gate", "up"], int], ...] = (
+            ("gate", self._stored(gate)),
+            ("up", self._stored(up)),
+        )
         for part, rank in parts:
             if rank:
                 yield _Block(
                     local * rank,
-                    lambda part=part: pack.b13(layer, i, part, *tp),
+                    lambda part=part, rank=rank: _padded(pack.b13(layer, i, part, *tp), 1, rank),
                     tables.offset_b13,
                     at,
                     shift,
                 )
                 shift += local * rank
         if down:
-            yield _Block(local * down, lambda: pack.a2(layer, i, *tp), tables.offset_a2, at)
+            columns = self._stored(down)
+            yield _Block(
+                local * columns,
+                lambda: _padded(pack.a2(layer, i, *tp), 1, columns),
+                tables.offset_a2,
+                at,
+            )
             if i == 0 or not experts.shared_b2:
-                yield _Block(hidden * down, lambda: pack.b2(layer, i), tables.offset_b2, at)
+                yield _Block(
+                    hidden * columns,
+                    lambda: _padded(pack.b2(layer, i), 1, columns),
+                    tables.offset_b2,
+                    at,
+                )
+
+    def _padded_parts(self, a: np.ndarray, ranks: tuple[int, ...]) -> np.ndarray:
+        """`a` [sum(ranks), H] with the rows of each part made up to its stored rank."""
+        if all(self._stored(rank) == rank for rank in ranks):
+            return a
+        ends = np.cumsum(ranks)
+        rows = [a[end - rank : end] for end, rank in zip(ends, ranks, strict=True)]
+        return np.concatenate([_padded(part, 0, self._stored(len(part))) for part in rows])
 
     def _copy(self, block: _Block, offset: int) -> None:
         source = block.read()
@@ -236,14 +303,15 @@ class AdapterPool:
         for layer in pack.layers:
             for name, tables, p in self._dense_homes(layer.index):
                 if (entry := layer.dense.get(name)) is not None:
-                    tables.rank[slot, p] = entry.rank
+                    tables.rank[slot, p] = self._stored(entry.rank)
                     tables.scale[slot, p] = entry.scale
             experts = layer.experts
             if experts is None:
                 continue
             tables = self.experts[layer.index]
             ids = torch.tensor(experts.ids)
-            tables.rank[slot, ids] = torch.tensor(experts.rank, dtype=torch.int32).to(self._device)
+            ranks = [[self._stored(rank) for rank in row] for row in experts.rank]
+            tables.rank[slot, ids] = torch.tensor(ranks, dtype=torch.int32).to(self._device)
             tables.scale[slot, ids] = torch.tensor(experts.scale, dtype=torch.float32).to(
                 self._device
             )
@@ -277,6 +345,8 @@ class AdapterPool:
             rank=torch.zeros(s, e, 3, dtype=torch.int32, device=self._device),
             scale=torch.zeros(s, e, 3, dtype=torch.float32, device=self._device),
             layout=torch.zeros(s, dtype=torch.int32, device=self._device),
+            max_rank=self._stored(self._max_rank),
+            rank_multiple=self._multiple,
         )
 
     def _dense_tables(
@@ -291,4 +361,25 @@ class AdapterPool:
             scale=torch.zeros(s, p, dtype=torch.float32, device=self._device),
             out_sizes=out_sizes,
             a_transposed=a_transposed,
+            max_rank=self._stored(self._max_rank),
+            rank_multiple=self._multiple,
         )
+
+
+def _ranks(layer: PackLayer) -> Iterator[int]:
+    """Of every factor pair that the layer has."""
+    for entry in layer.dense.values():
+        yield entry.rank
+    if layer.experts is not None:
+        for ranks in layer.experts.rank:
+            yield from ranks
+
+
+def _padded(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """`array`, 2-D, with zeros behind it up to `size` along `axis`; itself where it has that."""
+    if array.shape[axis] == size:
+        return array
+    rows, columns = array.shape
+    result = np.zeros((size, columns) if axis == 0 else (rows, size), array.dtype)
+    result[:rows, :columns] = array
+    return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -72,10 +73,9 @@ class Comm:
 
 def _store(rendezvous: str, rank: int, size: int) -> TCPStore:
     """Where the ranks find each other. torch's own would listen on every interface."""
-    # gloo picks its interface by the host's name otherwise, which may resolve to an outer one.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     address = urlsplit(rendezvous)
     host, port = address.hostname or "127.0.0.1", address.port or 0
+    _stay_inside(host)
     timeout = timedelta(seconds=_RENDEZVOUS_S)
     if rank != 0:
         return TCPStore(host, port, size, False, timeout=timeout)
@@ -89,3 +89,22 @@ def _store(rendezvous: str, rank: int, size: int) -> TCPStore:
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
+
+
+def _stay_inside(host: str) -> None:
+    """Keeps the ranks' sockets on loopback when they meet there: the group lives on one node.
+
+    gloo would pick its interface by the host's name, which may resolve to an outer one; NCCL takes
+    any interface but loopback. Both would then listen for anyone who reaches it, unauthenticated.
+    The tensors of NCCL go through NVLink or shared memory all the same. A user's choice stands.
+    """
+    if _is_loopback(host):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -119,6 +119,7 @@ class EngineConfig:
     max_model_len: int | None = None  # None: what the model was made for
     pool_bytes: int = 64 << 20
     max_slots: int = 256
+    max_lora_rank: int = 64  # on a GPU, whose kernels set aside room for it; 256 at most
     base_fingerprint: str | None = None  # packs made for another base are refused
     load_threads: int = 4
     overtake_limit: int = 8  # requests that may pass one that waits for room in the pool

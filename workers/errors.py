@@ -14,7 +14,7 @@ class ModelFilesInvalid(WorkerError):
 
 
 class AdapterTooLarge(WorkerError):
-    """An adapter can't fit the pool even when nothing else is in it."""
+    """An adapter can't be loaded even when nothing else is in the pool: its bytes or its rank."""
 
 
 class PoolFull(WorkerError):

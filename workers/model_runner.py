@@ -6,6 +6,7 @@ import torch
 
 from ..adapter_store import Pack
 from ..kernels import LoraBatch, MoeRunner, backend_for
+from ..kernels.lora_tables import MAX_RANK
 from .adapter_pool import AdapterPool
 from .attention import PagedKVCache, plan_attention
 from .comm import Comm
@@ -16,6 +17,8 @@ from .shard import Shard
 from .step import SequenceStep, Step
 from .weights import Checkpoint
 
+_GPU_RANK_MULTIPLE = 8  # 16 bytes of a half-precision factor
+
 
 class ModelRunner:
     """Everything on a rank's device. The same on all ranks; rank 0 also takes logits."""
@@ -25,7 +28,8 @@ class ModelRunner:
             torch.set_num_threads(config.torch_threads)
         model = config.model
         self.device = torch.device(config.device)
-        if self.device.type == "cuda":
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
             # cuDNN makes a new plan for every shape, and the shapes change from step to step.
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.dtype = getattr(torch, config.dtype)
@@ -43,7 +47,14 @@ class ModelRunner:
             self.device,
         )
         self.pool = AdapterPool(
-            model, shard, config.pool_bytes, self.dtype, self.device, config.max_slots
+            model,
+            shard,
+            config.pool_bytes,
+            self.dtype,
+            self.device,
+            config.max_slots,
+            max_rank=config.max_lora_rank if on_gpu else MAX_RANK,
+            rank_multiple=_GPU_RANK_MULTIPLE if on_gpu else 1,
         )
         with Checkpoint(config.model_path, self.dtype, config.device) as checkpoint:
             self.model = Qwen3Moe(
@@ -55,7 +66,7 @@ class ModelRunner:
                 config.context_length,
                 self.device,
             )
-        if self.device.type == "cuda":
+        if on_gpu:
             self.warm_up()
 
     def warm_up(self) -> None:

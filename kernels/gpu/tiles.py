@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -103,31 +102,30 @@ def heuristic(shape: MoeShape, num_tokens: int) -> MoeTiles:
 
 @lru_cache(maxsize=4096)
 def choose(shape: MoeShape, num_tokens: int, device: str, adapters: int) -> MoeTiles:
-    """Tiles for a layer: the measured entry that is nearest in adapters (0 = base model only),
-    then in tokens."""
+    """Tiles for a layer: the measured entry that is nearest in tokens and adapters (0 = base model
+    only, which adapters' entries don't stand in for)."""
     table = _table(device, shape)
-    measured = [count for count in table if (count > 0) == (adapters > 0)]
-    if not measured:
+    entries = [key for key in table if (key[0] > 0) == (adapters > 0)]
+    if not entries:
         return heuristic(shape, num_tokens)
-    entries = table[_nearest(measured, adapters)]
-    return entries[_nearest(entries, num_tokens)]
 
+    def distance(key: tuple[int, int]) -> tuple[float, tuple[int, int]]:
+        ratio = 2 * abs(math.log(key[1] / max(num_tokens, 1)))  # tokens matter more
+        return ratio + (abs(math.log(key[0] / adapters)) if adapters else 0.0), key
 
-def _nearest(numbers: Iterable[int], wanted: int) -> int:
-    """By ratio; the smaller of two that are as near."""
-    return min(numbers, key=lambda n: (abs(math.log((n or 1) / (wanted or 1))), n))
+    return table[min(entries, key=distance)]
 
 
 @lru_cache(maxsize=256)
-def _table(device: str, shape: MoeShape) -> dict[int, dict[int, MoeTiles]]:
-    """Entries by adapters and tokens."""
+def _table(device: str, shape: MoeShape) -> dict[tuple[int, int], MoeTiles]:
+    """Entries by (adapters, tokens)."""
     path = FOLDER / device.replace(" ", "_") / f"{shape.name}.json"
     if not path.is_file():
         return {}
     return {
-        int(adapters): {int(tokens): from_json(entry) for tokens, entry in entries.items()}
+        (int(adapters), int(tokens)): from_json(entry)
         for adapters, entries in json.loads(path.read_text()).items()
-        if entries
+        for tokens, entry in entries.items()
     }
 
 

@@ -185,6 +185,7 @@ def layer_us(tiles: MoeTiles, calls: list[tuple], budget_ms: float = 25) -> floa
     """Median time of a layer call in a CUDA graph of all `calls`."""
     runner = MoeRunner(FusedBackend(tiles))
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which fills the inputs
     with torch.cuda.stream(stream):
         for call in calls:
             runner(*call)

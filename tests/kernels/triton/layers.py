@@ -45,6 +45,7 @@ def tiles(
     *,
     expand_k: int = 32,
     persistent: int = 0,
+    expand_ahead: bool = False,
     tma: bool = False,
     short: bool = False,
     groups: int = 2,
@@ -52,7 +53,10 @@ def tiles(
     splits: int = 1,
 ) -> MoeTiles:
     """One cut for both products."""
-    gemm = GemmTile(block_n, block_k, 4, 2, persistent, expand_k, tma, short)
+    gemm = GemmTile(
+        block_n=block_n, block_k=block_k, warps=4, stages=2, persistent=persistent,
+        expand_k=expand_k, expand_ahead=expand_ahead, tma=tma, short=short,
+    )  # fmt: skip
     shrink = ShrinkTile(groups, rows, block_k, splits)
     return MoeTiles(block_m, gemm, gemm, shrink, shrink)
 
@@ -64,6 +68,7 @@ TILES = st.builds(
     block_k=st.sampled_from([16, 32]),
     expand_k=st.sampled_from([16, 32, 64]),
     persistent=st.sampled_from([0, 1]),
+    expand_ahead=st.booleans(),
     tma=st.booleans(),
     groups=st.integers(1, 3),
     rows=st.sampled_from([16, 32]),

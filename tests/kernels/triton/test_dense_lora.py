@@ -158,4 +158,4 @@ def test_a_poisoned_adapter_reaches_its_own_tokens_only():
         spoilt.pool[int(offsets[1, 0]) : int(offsets[1, 0]) + 8 * 4] = torch.nan
         after = add(torch.zeros(9, 8), x, spoilt, token_slot)
         assert torch.equal(after[token_slot != 1], before[token_slot != 1])
-        assert not after[token_slot == 1].isfinite().any()
+        assert not torch.equal(after[token_slot == 1], before[token_slot == 1])

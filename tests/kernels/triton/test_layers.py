@@ -81,13 +81,14 @@ def test_every_layout(backend, layout):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("expand_k", [16, 32, 64])
-def test_many_adapters_of_all_ranks_in_one_block(backend, splits, expand_k):
+@pytest.mark.parametrize("expand_ahead", [False, True])
+def test_many_adapters_of_all_ranks_in_one_block(backend, splits, expand_k, expand_ahead):
     """Groups of several adapters share a dot, and one adapter's groups fall into several."""
     layer = random_layer(
         2, 16, num_experts=1, top_k=1, slots=16, ranks=(0, 1, 15, 16, 17, 40), absent=0.1
     )
     layer.token_slot = torch.arange(16, dtype=torch.int32) - 1
-    cut = tiles(expand_k=expand_k, splits=splits, groups=3)
+    cut = tiles(expand_k=expand_k, expand_ahead=expand_ahead, splits=splits, groups=3)
     assert_close(run(layer, BACKENDS[backend](cut)), layer.expected())
 
 
