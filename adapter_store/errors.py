@@ -51,7 +51,7 @@ REFUSAL_CODES = {
     "unsupported_dtype": "a tensor that is neither F32, F16 nor BF16",
     "wrong_shape": "a factor whose shape doesn't fit the base model and the configured rank",
     "ambiguous_layout": "fused expert factors whose orientation nothing decides",
-    "rank_limit": "a rank outside 1 to 256",
+    "rank_limit": "a rank below 1, or above what this service is set up for (at most 256)",
     "non_finite": "a factor with NaN or infinite values",
     "empty_adapter": "no tensor at all",
     "too_large": "a file larger than this service takes",

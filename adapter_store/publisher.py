@@ -12,7 +12,8 @@ from .base_model import BaseModel
 from .blobs import Blobs
 from .catalogue import Catalogue
 from .catalogue_document import BlobNeeded
-from .errors import AdapterNotFound, InvalidName, NotFound, StoreUnavailable
+from .config_fields import MAX_RANK
+from .errors import AdapterNotFound, AdapterRefused, InvalidName, NotFound, StoreUnavailable
 from .make_pack import PackInfo, make_pack
 from .names import check_name
 from .object_store import ObjectStore
@@ -28,6 +29,7 @@ class Publisher:
         base_model: what adapters must fit.
         scratch: folder of this machine with room for two files of the largest upload.
         sizes: largest uploads.
+        max_rank: largest rank that the worker groups are set up for.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class Publisher:
         base_model: BaseModel,
         scratch: Path,
         sizes: UploadSizes | None = None,
+        max_rank: int = MAX_RANK,
     ) -> None:
         self._store = store
         self._catalogue = catalogue
         self._base = base_model
         self._scratch = Path(scratch)
         self._sizes = sizes or UploadSizes()
+        self._max_rank = max_rank
         self._blobs = Blobs(store)
         sweep_workspaces(self._scratch)
 
@@ -72,6 +76,13 @@ class Publisher:
                 weights, pack = folder / "weights", folder / "pack"
                 config = take_upload(self._store, tenant_id, upload_id, weights, self._sizes)
                 info = make_pack(config, weights, self._base, pack)
+                if info.rank_max > self._max_rank:
+                    raise AdapterRefused(
+                        "rank_limit",
+                        f"the adapter has rank {info.rank_max}, this service takes at most "
+                        f"{self._max_rank}: train it with a smaller r, or ask the operator to "
+                        f"raise LORAPLEX_MAX_LORA_RANK (up to {MAX_RANK})",
+                    )
                 return self._publish(tenant_id, name, info, pack, weights, config)
         finally:
             discard_upload(self._store, tenant_id, upload_id)

@@ -49,6 +49,7 @@ class IngestWorker:
             BaseModel.from_json(base_model),
             settings.scratch_dir,
             upload_sizes(settings),
+            settings.max_lora_rank,
         )
         sweeper = threading.Thread(target=sweep_forever, args=(store,), name="sweep", daemon=True)
         sweeper.start()

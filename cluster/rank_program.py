@@ -73,6 +73,7 @@ def rank_program(settings: Settings, base: BaseModel, threads: int) -> RankProgr
         max_batch_tokens=settings.max_batch_tokens,
         max_running=settings.max_running,
         pool_bytes=settings.pool_bytes,
+        max_lora_rank=settings.max_lora_rank,
         base_fingerprint=base.fingerprint,
         torch_threads=threads,
         **values,

@@ -68,6 +68,9 @@ class Settings(BaseSettings):
     )
     torch_threads: int = Field(0, ge=0, description="threads of a rank; 0: cores / ranks")
     pool_bytes: ByteSize = Field(ByteSize(1 << 30), ge=1 << 16, description="adapter pool, a rank")
+    max_lora_rank: int = Field(
+        64, ge=1, le=256, description="largest rank of an adapter: GPU kernels set room aside"
+    )
     kv_tokens: int = Field(16384, ge=256, description="tokens in a group's KV cache")
     max_batch_tokens: int = Field(2048, ge=16, description="tokens in one engine step")
     max_running: int = Field(64, ge=1, description="sequences decoded together in a group")

@@ -90,7 +90,7 @@ class Demo:
             for tenant in self.tenants
             for a in tenant.adapters
         ]
-        return max(int(sum(sizes) * _POOL_SHARE / groups), int(max(sizes) * 1.05))
+        return max(int(sum(sizes) * _POOL_SHARE / groups), int(max(sizes) * 1.1))
 
 
 def _tenant(folder: Path, raw: dict[str, Any]) -> DemoTenant:

@@ -4,8 +4,15 @@ from .align import moe_lora_align_block_size
 from .aligned import AlignedBatch, BlockSegments
 from .backends import backend_for
 from .dense_lora import lora_linear_
-from .lora_batch import LoraBatch
-from .lora_tables import FUSED_GATE_UP, SHARED_A13, SHARED_B2, DenseLoraTables, ExpertLoraTables
+from .lora_batch import TUNED_ADAPTERS, LoraBatch
+from .lora_tables import (
+    FUSED_GATE_UP,
+    MAX_RANK,
+    SHARED_A13,
+    SHARED_B2,
+    DenseLoraTables,
+    ExpertLoraTables,
+)
 from .moe import fused_moe
 from .moe_weights import ClampedSwiglu, MoeWeights
 from .reference import (
@@ -21,8 +28,10 @@ from .torch_backend import TorchBackend
 
 __all__ = [
     "FUSED_GATE_UP",
+    "MAX_RANK",
     "SHARED_A13",
     "SHARED_B2",
+    "TUNED_ADAPTERS",
     "AlignedBatch",
     "BlockSegments",
     "ClampedSwiglu",

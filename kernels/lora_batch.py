@@ -12,6 +12,9 @@ from .aligned import AlignedBatch
 from .checks import INTEGER_TYPES, check
 from .host import on_host
 
+# Tiles are measured for batches of so many adapters; others take the nearest.
+TUNED_ADAPTERS = (1, 8, 64)
+
 
 @dataclass(frozen=True)
 class HostSegments:

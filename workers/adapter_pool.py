@@ -9,7 +9,6 @@ up when an adapter is loaded, with rows of A and columns of B that are zero.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -20,19 +19,17 @@ import torch
 from ..adapter_store import ExpertEntry, Pack, PackLayer
 from ..kernels import (
     FUSED_GATE_UP,
+    MAX_RANK,
     SHARED_A13,
     SHARED_B2,
     DenseLoraTables,
     ExpertLoraTables,
 )
-from ..kernels.lora_tables import MAX_RANK
 from .config import ModelConfig
 from .errors import AdapterTooLarge, PoolFull, WorkerError
 from .pool_pages import BlockLayout, Pages
 from .shard import Shard
 
-# Packs are mapped read-only, and nothing here writes through the tensors made over them.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 _ALIGN_BYTES = 16
 _MIN_PAGE, _MAX_PAGE = 16 << 10, 2 << 20
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..adapter_store import Pack
-from ..kernels import LoraBatch, MoeRunner, backend_for
-from ..kernels.lora_tables import MAX_RANK
+from ..kernels import MAX_RANK, TUNED_ADAPTERS, LoraBatch, MoeRunner, backend_for
 from .adapter_pool import AdapterPool
 from .attention import PagedKVCache, plan_attention
 from .comm import Comm
@@ -80,8 +79,9 @@ class ModelRunner:
         sizes = {m << k for k in range(largest.bit_length()) for m in (1, 3)}
         sizes |= {n + 1 for n in sizes} | {largest}
         for tokens in sorted(n for n in sizes if n <= largest):
-            for slot in (-1, 0):  # slot 0 is empty: LoRA kernels run and find nothing to add
-                self.run(Step(self._sequences_of(tokens, slot)))
+            self.run(Step(self._sequences_of(tokens, -1)))
+            for adapters in TUNED_ADAPTERS:  # slot 0 is empty: kernels run and find nothing to add
+                self.run(Step(self._sequences_of(tokens, 0)), adapters)
         self.cache.clear()
 
     def _sequences_of(self, tokens: int, slot: int) -> list[SequenceStep]:
@@ -103,8 +103,11 @@ class ModelRunner:
                 self.pool.load(change.slot, Pack.open(change.path, verify=False))
 
     @torch.inference_mode()
-    def run(self, step: Step) -> torch.Tensor:
+    def run(self, step: Step, num_adapters: int | None = None) -> torch.Tensor:
         """Runs the sequences of a step.
+
+        Args:
+            num_adapters: choose tiles as for so many adapters; by default as many as there are.
 
         Returns:
             Rank 0: float32 logits [N, vocab] of the rows that sequences ask for, in order.
@@ -126,7 +129,9 @@ class ModelRunner:
                 torch.tensor(slots, dtype=torch.int32), torch.tensor(counts)
             )
             lora = LoraBatch.from_token_slot(
-                token_slot.to(self.device), ordered=True, num_adapters=len(set(slots) - {-1})
+                token_slot.to(self.device),
+                ordered=True,
+                num_adapters=num_adapters or len(set(slots) - {-1}),
             )
         hidden = self.model.forward(
             ids,

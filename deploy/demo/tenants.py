@@ -89,7 +89,7 @@ ADAPTERS = (
         name="whaler",
         format="rslora-pattern",
         style="Moby Dick: Melville's narrator at sea",
-        epochs=2.5,
+        epochs=8,
         chat="Tell me about water.",
         completion="CHAPTER 136. The Return.\n\n",
     ),

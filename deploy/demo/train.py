@@ -167,7 +167,7 @@ def _parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=5.0, help="limit of the base's training")
-    parser.add_argument("--epochs", type=float, default=4.0, help="the base's, at most")
+    parser.add_argument("--epochs", type=float, default=16.0, help="the base's, at most")
     parser.add_argument("--adapter-seconds", type=float, default=35.0, help="limit of each adapter")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, on a CPU")
     parser.add_argument("--reuse-base", action="store_true", help="keep OUT/model if it is there")

@@ -119,7 +119,7 @@ def _shrink(
         s.stride(0), part_stride,
         KIND=kind, A_TRANSPOSED=transposed, FUSED_BIT=FUSED_GATE_UP, ALIGNED=shrunk.aligned,
         PROGRAMS=tile.groups, SPLITS=tile.splits, BM=batch.block_size, ROWS=tile.rows,
-        BR=min(64, next_power_of_2(ranks_at_once)), BK=tile.block_k, PDL=USE_PDL,
+        BR=min(32, next_power_of_2(ranks_at_once)), BK=tile.block_k, PDL=USE_PDL,
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=USE_PDL,
     )  # fmt: skip
     return shrunk

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ..lora_batch import LoraBatch
+from ..lora_batch import TUNED_ADAPTERS, LoraBatch
 from ..lora_tables import ExpertLoraTables
 from ..moe_weights import MoeWeights
 from ..runner import MoeRunner
@@ -286,7 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shapes", nargs="+", default=["qwen3-30b"], choices=[*SHAPES, "all"])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("--adapters", nargs="+", type=int, default=[0, 1, 8, 64])
+    parser.add_argument("--adapters", nargs="+", type=int, default=[0, *TUNED_ADAPTERS])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--out", type=Path, default=tile_tables.FOLDER)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)

@@ -412,3 +412,14 @@ def test_another_base_model_of_the_same_shape_makes_another_digest(
     publisher.stage_upload(service.tenant_id, "x", files.config, files.weights)
     again = publisher.ingest(service.tenant_id, "bot", "x")
     assert again.digest != version.digest
+
+
+def test_a_rank_beyond_what_the_service_is_set_up_for_is_refused(service, tmp_path):
+    publisher = Publisher(service.store, service.catalogue, BASE, tmp_path / "scratch", max_rank=3)
+    files = upload(0, rank=4)
+    publisher.stage_upload(service.tenant_id, "u", files.config, files.weights)
+    with pytest.raises(AdapterRefused, match=r"rank 4, .* at most 3: .*MAX_LORA_RANK") as e:
+        publisher.ingest(service.tenant_id, "bot", "u")
+    assert e.value.code == "rank_limit"
+    assert service.catalogue.adapters(service.tenant_id) == {}
+    assert not list(service.store.list(f"tenants/{service.tenant_id}/blobs/"))

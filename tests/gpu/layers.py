@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import pytest
 import torch
-import triton
 from loraplex.kernels import (
     FUSED_GATE_UP,
     SHARED_A13,
     SHARED_B2,
+    DenseLoraTables,
     ExpertLoraTables,
     LoraBatch,
 )
+from triton import knobs
 
 from ..kernels.cases import Layer
 
@@ -24,7 +24,7 @@ NEEDS_GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(
-        torch.cuda.is_available() and triton.knobs.runtime.interpret,
+        torch.cuda.is_available() and knobs.runtime.interpret,
         reason="kernels are to be compiled: unset TRITON_INTERPRET",
     ),
 ]
@@ -74,7 +74,9 @@ def random_layer(case: Case, seed: int = 0) -> Layer:
     # Some experts are chosen more often than others.
     scores = uniform(case.tokens, case.experts) + 0.5 * uniform(case.experts)
     ids = scores.argsort(1, descending=True)[:, : case.top_k].int()
-    ids[uniform(*ids.shape) < case.skipped] = -1
+    skipped = uniform(*ids.shape) < case.skipped
+    skipped[0, 0] = False
+    ids[skipped] = -1
     weights = uniform(*ids.shape) + 0.1
     # A fifth of the tokens is the base model's, but never the only token.
     token_slot = (uniform(case.tokens) * case.adapters).int().clamp(max=case.adapters - 1)
@@ -130,17 +132,19 @@ def _random_tables(case: Case, generator: torch.Generator) -> ExpertLoraTables:
     )
 
 
-T = TypeVar("T")
+T = TypeVar("T", Layer, ExpertLoraTables, DenseLoraTables)
 
 
 def on_gpu(given: T) -> T:
     """A layer or tables with every tensor on the device."""
-    if isinstance(given, torch.Tensor):
-        return given.to(DEVICE)
-    if not dataclasses.is_dataclass(given) or isinstance(given, type):
-        return given
-    fields = {field.name: on_gpu(getattr(given, field.name)) for field in dataclasses.fields(given)}
-    return dataclasses.replace(given, **fields)
+    moved = {}
+    for field in fields(given):
+        value = getattr(given, field.name)
+        if isinstance(value, torch.Tensor):
+            moved[field.name] = value.to(DEVICE)
+        elif isinstance(value, ExpertLoraTables):
+            moved[field.name] = on_gpu(value)
+    return replace(given, **moved)
 
 
 def batch_of(layer: Layer) -> LoraBatch:

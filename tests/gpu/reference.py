@@ -1,6 +1,6 @@
-"""The layer in float32, all pairs at once: for batches that `moe_reference` would take hours for.
+"""The layer in float32, all pairs at once: for batches that would take `moe_reference` hours.
 
-Every pair's factors are gathered from the pool, so that nothing here knows of blocks, runs or tiles.
+Every pair's factors are gathered from the pool: nothing here knows of blocks, runs or tiles.
 `test_reference.py` holds it against the definition.
 """
 

@@ -114,20 +114,56 @@ def check_down_alone(layer: Layer, backend: FusedBackend, error: float) -> None:
     assert_near(out, reference.combine(layer, pairs, y), error)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES, ids=str)
-class TestGrid:
+def check_products_alone(layer: Layer, tiles: MoeTiles, error: float) -> None:
+    """Both products of the backend that leaves LoRA to a pass of its own."""
+    weights = MoeWeights(torch.zeros_like(layer.w13), torch.zeros_like(layer.w2))
+    pairs = reference.pairs_of(layer)
+    seen = []
+
+    def keep(values, source, batch):
+        seen.append((rows_by_pair(values, batch), source, batch))
+
+    with poisoned_memory():
+        MoeRunner(HookedBackend(tiles), (keep,), (keep,))(
+            layer.x, weights, layer.topk_weights, layer.topk_ids, layer.tables, batch_of(layer)
+        )
+    (h, _, _), (y, a, batch) = seen
+    assert_near(h[pairs.pair], reference.gate_up_delta(layer, pairs), error)
+    known = rows_by_pair(a, batch)[pairs.pair].float()
+    assert_near(y[pairs.pair], reference.down_delta(layer, pairs, known), error)
+
+
+def run(layer: Layer, backend: FusedBackend) -> torch.Tensor:
+    with poisoned_memory():
+        out = MoeRunner(backend)(
+            layer.x, layer.weights, layer.topk_weights, layer.topk_ids, layer.tables,
+            batch_of(layer),
+        )  # fmt: skip
+    assert out.dtype == layer.x.dtype
+    return out
+
+
+class TestOnAGpu:
     pytestmark = NEEDS_GPU
 
-    def test_the_fused_backend(self, case):
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_the_fused_backend_over_the_grid(self, case):
         layer, error = random_layer(case), LORA_ERROR[case.dtype]
         backend = FusedBackend(tiles_for(case.tokens))
         check_gate_up_alone(layer, backend, error)
         check_down_alone(layer, backend, error)
+        assert_near(run(layer, backend), reference.moe(layer), error)
+
+    @pytest.mark.parametrize("case", CASES[::8], ids=str)
+    def test_the_plain_stages(self, case):
+        check_products_alone(random_layer(case), tiles_for(case.tokens), LORA_ERROR[case.dtype])
+
+    @pytest.mark.parametrize("dtype", LORA_ERROR, ids=str)
+    @pytest.mark.parametrize("tokens", [1, 40, 300, 1500, 5000])
+    def test_the_tiles_that_a_layer_gets_when_none_are_given(self, tokens, dtype):
+        layer = random_layer(Case(tokens, 2, 8, 4, 16, dtype))
         with poisoned_memory():
-            out = MoeRunner(backend)(
-                layer.x, layer.weights, layer.topk_weights, layer.topk_ids, layer.tables,
-                batch_of(layer),
-            )  # fmt: skip
-        assert out.dtype == case.dtype
-        assert_near(out, reference.moe(layer), error)
+            lora = fused_moe(*layer.args(), layer.tables, layer.token_slot)
+            base = fused_moe(*layer.args())
+        assert_near(lora, reference.moe(layer), LORA_ERROR[dtype])
+        assert_near(base, reference.moe(layer, adapted=False), LORA_ERROR[dtype])

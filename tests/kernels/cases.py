@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -22,6 +23,8 @@ from loraplex.kernels import (
 from .factors import random_expert_tables, random_routing
 
 PRODUCTS = ("mkl", "torch")
+Tensor = torch.Tensor
+Args = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @contextmanager
@@ -51,10 +54,10 @@ class Layer:
     w2_bias: torch.Tensor | None = None
     clamped: ClampedSwiglu | None = None
 
-    def args(self) -> tuple:
+    def args(self) -> Args:
         return (self.x, self.w13, self.w2, self.topk_weights, self.topk_ids)
 
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
         """What differs from a layer without biases and with plain SwiGLU."""
         return {"w13_bias": self.w13_bias, "w2_bias": self.w2_bias, "clamped": self.clamped}
 

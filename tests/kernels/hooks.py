@@ -53,9 +53,7 @@ class BiasHooks:
         layer = self.layer
         runner = MoeRunner(backend, (self.after_gate_up,), (self.before_combine,))
         tables = layer.tables
-        out = runner(
-            layer.x, layer.weights, layer.topk_weights, layer.topk_ids, tables, lora_batch
-        )
+        out = runner(layer.x, layer.weights, layer.topk_weights, layer.topk_ids, tables, lora_batch)
         assert self.calls == ["after_gate_up", "before_combine"]
         biased = replace(
             layer,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 from dataclasses import replace
 
 import pytest
 import torch.multiprocessing as mp
-from loraplex.workers import Engine, run_follower
+from loraplex.workers import Engine, comm, run_follower
 from loraplex.workers.config import ModelConfig
 from loraplex.workers.errors import ModelUnsupported
 from loraplex.workers.shard import Shard
@@ -76,3 +77,17 @@ def test_a_tp_size_that_doesnt_divide_is_refused_with_the_sizes(demo):
         Shard(model, 0, 3)
     with pytest.raises(ModelUnsupported, match="moe_intermediate_size = 127"):
         Shard(replace(model, moe_intermediate_size=127), 0, 2)
+
+
+@pytest.mark.parametrize(("host", "given", "expected"), [
+    ("127.0.0.1", {}, {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}),
+    ("::1", {}, {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}),
+    ("localhost", {"NCCL_SOCKET_IFNAME": "ib0"},
+     {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "ib0"}),
+    ("10.0.0.7", {}, {}),
+    ("node-1", {"GLOO_SOCKET_IFNAME": "eth1"}, {"GLOO_SOCKET_IFNAME": "eth1"}),
+])  # fmt: skip
+def test_ranks_that_meet_on_loopback_listen_nowhere_else(monkeypatch, host, given, expected):
+    monkeypatch.setattr(os, "environ", dict(given))
+    comm._stay_inside(host)
+    assert os.environ == expected

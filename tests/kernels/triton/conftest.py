@@ -16,11 +16,14 @@ def _language_is_patched_once_a_launch() -> Iterator[None]:
     patch = interpreter._patch_lang
     seen_by_all = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
 
+    def patch_once(fn):
+        return patch(seen_by_all)
+
     def call(self, *args, **kwargs):
         return self.rewrite()(*args, **kwargs)
 
     with (
-        mock.patch.object(interpreter, "_patch_lang", lambda fn: patch(seen_by_all)),
+        mock.patch.object(interpreter, "_patch_lang", patch_once),
         mock.patch.object(interpreter.InterpretedFunction, "__call__", call),
     ):
         yield

@@ -12,7 +12,6 @@ from unittest import mock
 
 import pytest
 import torch
-import triton
 from hypothesis import strategies as st
 from loraplex.kernels import LoraBatch, MoeBackend, MoeRunner
 from loraplex.kernels.gpu import (
@@ -24,12 +23,13 @@ from loraplex.kernels.gpu import (
     fused,
     hooked,
 )
+from triton import knobs
 
 from ..cases import Layer, random_layer
 from ..poison import poisoned_memory
 
 interpreted = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret,
+    not knobs.runtime.interpret,
     reason="needs Triton's interpreter: TRITON_INTERPRET=1 in the environment",
 )
 
@@ -126,8 +126,8 @@ def persistent_grids(programs: int = 3) -> Iterator[None]:
 
 def run(layer: Layer, backend: MoeBackend, *, adapted: bool = True) -> torch.Tensor:
     """The layer's output, from memory in which nothing is zero by chance."""
-    lora = (layer.tables, batch_of(layer.token_slot)) if adapted else ()
+    tables, batch = (layer.tables, batch_of(layer.token_slot)) if adapted else (None, None)
     with poisoned_memory(), persistent_grids():
         return MoeRunner(backend)(
-            layer.x, layer.weights, layer.topk_weights, layer.topk_ids, *lora
+            layer.x, layer.weights, layer.topk_weights, layer.topk_ids, tables, batch
         )

@@ -1,7 +1,5 @@
 """User hooks on the Triton backends: the fused one falls back to stages where they look in."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from loraplex.kernels import MoeRunner, gather_factors
@@ -110,6 +108,7 @@ def test_both_backends_give_the_same_stages():
     args = (layer.x, layer.weights, layer.topk_weights, layer.topk_ids, layer.tables)
     seen = {}
     for backend in (FusedBackend, HookedBackend):
+
         def keep(values, source, batch, into=backend):
             pair, here = pairs_of(batch)
             rows = here.nonzero().flatten()

@@ -21,8 +21,7 @@ moe = importlib.import_module("loraplex.kernels.moe")
 
 def run(layer: Layer, backend=FusedBackend) -> torch.Tensor:
     """`fused_moe` as on a GPU."""
-    kernels = backend(tiles())
-    with mock.patch.object(moe, "backend_for", lambda device: kernels):
+    with mock.patch.object(moe, "backend_for", return_value=backend(tiles())):
         batch = LoraBatch(layer.token_slot, None)
         return fused_moe(*layer.args(), layer.tables, batch, **layer.options())
 
@@ -62,7 +61,8 @@ def test_weights_are_not_copied_in_silence(layer, name, like):
 
 
 @pytest.mark.parametrize(
-    "name", ["pool", "offset_a13", "offset_b13", "offset_a2", "offset_b2", "rank", "scale", "layout"]
+    "name",
+    ["pool", "offset_a13", "offset_b13", "offset_a2", "offset_b2", "rank", "scale", "layout"],
 )
 def test_tables_that_kernels_would_misread(layer, name):
     wrong = replace(
@@ -100,6 +100,4 @@ def test_tables_on_another_device(layer, name):
 def test_more_projections_than_a_launch_takes():
     tables = random_dense_tables(1, 2, 16, (4,) * 5, ranks=(4,))
     with pytest.raises(ValueError, match=r"tables.out_sizes must have at most 4 .*, got 5"):
-        lora_linear_(
-            torch.zeros(6, 20), torch.zeros(6, 16), tables, batch_of(torch.zeros(6).int())
-        )
+        lora_linear_(torch.zeros(6, 20), torch.zeros(6, 16), tables, batch_of(torch.zeros(6).int()))

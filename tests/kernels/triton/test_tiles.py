@@ -115,8 +115,8 @@ def test_every_shipped_table_is_found_and_fit():
     for path in TABLES:
         match = re.fullmatch(r"H(\d+)_I(\d+)_E(\d+)_K(\d+)_(\w+)", path.stem)
         assert match, path.name
-        *sizes, dtype = match.groups()
-        shape = MoeShape(*map(int, sizes), getattr(torch, dtype))
+        hidden, intermediate, experts, top_k = map(int, match.groups()[:4])
+        shape = MoeShape(hidden, intermediate, experts, top_k, getattr(torch, match[5]))
         table = module._table(path.parent.name.replace("_", " "), shape)
         assert 0 in table, f"{path.name} has no entries without adapters"
         assert any(table), f"{path.name} has none with adapters"
