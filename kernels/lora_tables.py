@@ -46,6 +46,9 @@ class ExpertLoraTables:
     # What the pool that fills the tables promises of every adapter in them, now and later:
     max_rank: int = MAX_RANK  # no rank is larger
     rank_multiple: int = 1  # every rank and every offset is a multiple of this
+    # Kernels may look for shared factors and take the short way with them. Costs other adapters
+    # two small launches a layer, so it is for pools that hold many such adapters.
+    shared_outer: bool = False
 
     def check(self, num_experts: int, device: torch.device) -> None:
         """Raise ValueError, naming the table, unless shapes and devices fit a rank's experts."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..lora_tables import ExpertLoraTables
+from ..lora_tables import SHARED_A13, SHARED_B2, ExpertLoraTables
 from ..moe_weights import MoeWeights
 from ..runner import Hooks
 from .gate_up import gate_up_kernel
@@ -19,6 +19,7 @@ from .hooked import (
 )
 from .launch import cdiv
 from .lora import batch_args, expand_args, expand_flags, shrink_down, shrink_gate_up
+from .shared_outer import combine_shared, shrink_tokens_
 
 
 class FusedBackend(HookedBackend):
@@ -44,7 +45,12 @@ class FusedBackend(HookedBackend):
         shrunk = None
         if lora is not None:
             lora.check(rows.num_experts, x.device)
-            shrunk = shrink_gate_up(x, intermediate, rows, lora, batch.tiles.shrink_gate_up)
+            shared_bit = SHARED_A13 if lora.shared_outer else 0
+            shrunk = shrink_gate_up(
+                x, intermediate, rows, lora, batch.tiles.shrink_gate_up, shared_bit
+            )
+            if lora.shared_outer and batch.lora_batch is not None:
+                shrink_tokens_(shrunk, x, batch.topk_ids, batch.lora_batch, batch.row_of_pair, lora)
         gate_up_kernel[grid](
             x, weights.w13, x if weights.w13_bias is None else weights.w13_bias, a,
             *batch_args(rows), *expand_args(shrunk, rows.num_blocks),
@@ -73,10 +79,15 @@ class FusedBackend(HookedBackend):
         rows = batch.rows
         shrunk = None
         if lora is not None and rows.max_blocks:
-            shrunk = shrink_down(a, rows, lora, batch.tiles.shrink_down)
+            shared_bit = SHARED_B2 if lora.shared_outer else 0
+            shrunk = shrink_down(a, rows, lora, batch.tiles.shrink_down, shared_bit)
         y = a.new_empty(rows.num_tokens * rows.top_k, weights.hidden)
         grouped_gemm(
             a, weights.w2, weights.w2_bias, y, rows, batch.tiles.down,
             topk_weights=topk_weights, shrunk=shrunk,
         )  # fmt: skip
+        if shrunk is not None and lora is not None and lora.shared_outer and batch.lora_batch:
+            return combine_shared(
+                y, topk_weights, topk_ids, shrunk, batch.lora_batch, batch.row_of_pair, lora
+            )
         return combine(y, topk_ids, rows)

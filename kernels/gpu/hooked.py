@@ -7,6 +7,7 @@ intermediate.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -42,6 +43,22 @@ class GpuBatch:
 
     rows: AlignedBatch
     tiles: MoeTiles
+    topk_ids: torch.Tensor  # [T, K]
+    lora_batch: LoraBatch | None
+
+    @cached_property
+    def row_of_pair(self) -> torch.Tensor:
+        """int32 [T * K]: row of each pair of this rank; undefined for others."""
+        rows = self.rows
+        out = torch.empty(
+            rows.num_tokens * rows.top_k, dtype=torch.int32, device=rows.sorted_pairs.device
+        )
+        if rows.max_blocks:
+            invert_kernel[(rows.max_blocks,)](
+                rows.sorted_pairs, rows.block_end, rows.num_blocks, out,
+                BM=rows.block_size, PDL=USE_PDL, launch_pdl=USE_PDL,
+            )  # fmt: skip
+        return out
 
 
 @dataclass(frozen=True)
@@ -66,7 +83,7 @@ class HookedBackend(MoeBackend):
             adapters = 0 if lora_batch is None else lora_batch.num_adapters
             tiles = choose(shape, num_tokens, device, adapters)
         rows = align(topk_ids, lora_batch, tiles.block_m, weights.num_experts)
-        return GpuBatch(rows, tiles)
+        return GpuBatch(rows, tiles, topk_ids, lora_batch)
 
     def gate_up(self, x: torch.Tensor, weights: MoeWeights, batch: GpuBatch) -> torch.Tensor:
         rows = batch.rows
@@ -117,16 +134,7 @@ class HookedBackend(MoeBackend):
         topk_ids: torch.Tensor,
         batch: GpuBatch,
     ) -> torch.Tensor:
-        rows = batch.rows
-        row_of_pair = torch.empty(
-            rows.num_tokens * rows.top_k, dtype=torch.int32, device=topk_ids.device
-        )
-        if rows.max_blocks:
-            invert_kernel[(rows.max_blocks,)](
-                rows.sorted_pairs, rows.block_end, rows.num_blocks, row_of_pair,
-                BM=rows.block_size, PDL=USE_PDL, launch_pdl=USE_PDL,
-            )  # fmt: skip
-        return combine(y, topk_ids, rows, row_of_pair, topk_weights)
+        return combine(y, topk_ids, batch.rows, batch.row_of_pair, topk_weights)
 
 
 def grouped_gemm(

@@ -76,23 +76,31 @@ def shrink_gate_up(
     batch: AlignedBatch,
     tables: ExpertLoraTables,
     tile: ShrinkTile,
+    shared_bit: int = 0,
 ) -> Shrunk:
-    """scale * A13 x of each adapted row, gate and up; x [T, H]."""
+    """scale * A13 x of each adapted row, gate and up; x [T, H]. Rows of adapters with `shared_bit`
+    are left for another kernel to fill."""
     offsets = (tables.offset_a13, tables.offset_b13)
-    return _shrink(x, batch, tables, offsets, GATE_UP, 2, intermediate, False, tile)
+    return _shrink(x, batch, tables, offsets, GATE_UP, 2, intermediate, False, tile, shared_bit)
 
 
 def shrink_down(
-    a: torch.Tensor, batch: AlignedBatch, tables: ExpertLoraTables, tile: ShrinkTile
+    a: torch.Tensor,
+    batch: AlignedBatch,
+    tables: ExpertLoraTables,
+    tile: ShrinkTile,
+    shared_bit: int = 0,
 ) -> Shrunk:
-    """scale * A2 a of each adapted row; a [rows, I]."""
+    """scale * A2 a of each adapted row; a [rows, I]. Adapters with `shared_bit` aren't listed for
+    the expand."""
     offsets = (tables.offset_a2, tables.offset_b2)
-    return _shrink(a, batch, tables, offsets, DOWN, 1, 0, True, tile)
+    return _shrink(a, batch, tables, offsets, DOWN, 1, 0, True, tile, shared_bit)
 
 
 def _shrink(
-    x, batch, tables, offsets, kind, parts: int, gate_size: int, transposed: bool, tile
-) -> Shrunk:
+    x, batch, tables, offsets, kind, parts: int, gate_size: int, transposed: bool, tile,
+    shared_bit: int = 0,
+) -> Shrunk:  # fmt: skip
     part_stride = -(-tables.max_rank // 16) * 16
     list_length = batch.block_size * (part_stride // 16)
     lists = batch.max_blocks * parts
@@ -117,9 +125,9 @@ def _shrink(
         tables.pool, *offsets, tables.rank, tables.scale, layout, s, *shrunk.groups,
         x.shape[1], gate_size, batch.top_k, offsets[0].shape[1], x.stride(0), s.stride(1),
         s.stride(0), part_stride,
-        KIND=kind, A_TRANSPOSED=transposed, FUSED_BIT=FUSED_GATE_UP, ALIGNED=shrunk.aligned,
-        PROGRAMS=tile.groups, SPLITS=tile.splits, BM=batch.block_size, ROWS=tile.rows,
-        BR=min(32, next_power_of_2(ranks_at_once)), BK=tile.block_k, PDL=USE_PDL,
+        KIND=kind, A_TRANSPOSED=transposed, FUSED_BIT=FUSED_GATE_UP, SHARED_BIT=shared_bit,
+        ALIGNED=shrunk.aligned, PROGRAMS=tile.groups, SPLITS=tile.splits, BM=batch.block_size,
+        ROWS=tile.rows, BR=min(32, next_power_of_2(ranks_at_once)), BK=tile.block_k, PDL=USE_PDL,
         num_warps=tile.warps, num_stages=tile.stages, launch_pdl=USE_PDL,
     )  # fmt: skip
     return shrunk

@@ -57,11 +57,15 @@ def shrink_kernel(
     group_count, group_b, group_rank, group_nth, group_first, group_end, list_length,
     inner, out_size, top_k, table_columns, x_stride, s_stride, split_stride, part_stride,
     KIND: tl.constexpr, A_TRANSPOSED: tl.constexpr, FUSED_BIT: tl.constexpr,
-    ALIGNED: tl.constexpr, PROGRAMS: tl.constexpr, SPLITS: tl.constexpr,
+    SHARED_BIT: tl.constexpr, ALIGNED: tl.constexpr, PROGRAMS: tl.constexpr, SPLITS: tl.constexpr,
     BM: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (block and every PROGRAMS-th of its runs, dense projection, split)."""
+    """Program (block and every PROGRAMS-th of its runs, dense projection, split).
+
+    Adapters with SHARED_BIT go another way: what they share isn't shrunk here (GATE_UP), or not
+    listed for the expand (DOWN).
+    """
     block = tl.program_id(0) // (PROGRAMS + 1)
     program = tl.program_id(0) % (PROGRAMS + 1)
     projection = tl.program_id(1)
@@ -86,6 +90,9 @@ def shrink_kernel(
             a = tl.load(offset_a + entry, mask=run < count, other=-1)
             b = tl.load(offset_b + entry, mask=run < count, other=-1)
             present = (a >= 0) & (b >= 0)
+            if KIND == DOWN and SHARED_BIT != 0:
+                bits = tl.load(layout + slot, mask=present, other=0)
+                present &= (bits & SHARED_BIT) == 0
             if KIND == GATE_UP:
                 gate = tl.load(ranks + entry * 3, mask=present, other=0)
                 up = tl.load(ranks + entry * 3 + 1, mask=present, other=0)
@@ -137,6 +144,8 @@ def shrink_kernel(
                 rank = tl.load(ranks + entry)
                 scale = tl.load(scales + entry)
             rank = tl.where((a >= 0) & (b >= 0), rank, 0)
+            if KIND == GATE_UP and SHARED_BIT != 0:
+                rank = tl.where((tl.load(layout + slot) & SHARED_BIT) == 0, rank, 0)
             if ALIGNED:  # lets the compiler see that 16-byte loads are right
                 a = a // 8 * 8
                 rank = rank // 8 * 8
