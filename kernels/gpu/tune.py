@@ -14,19 +14,18 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-from ..lora_batch import TUNED_ADAPTERS, LoraBatch
-from ..lora_tables import ExpertLoraTables
-from ..moe_weights import MoeWeights
+from ..lora_batch import TUNED_ADAPTERS
 from ..runner import MoeRunner
 from . import tiles as tile_tables
 from .fused import FusedBackend
 from .tiles import GemmTile, MoeShape, MoeTiles, ShrinkTile
+from .tune_problem import Problem
 
 # Layers of published models: hidden, intermediate (of a rank), experts, top-k.
 SHAPES = {
@@ -38,13 +37,11 @@ SHAPES = {
     "deepseek-v2-lite": (2048, 1408, 64, 6),
 }
 TOKENS = (1, 8, 32, 64, 256, 1024, 8192)
-RANK = 16
 # Ranks at a time, pipeline stages, whether the first group is looked up ahead.
 EXPANDS = (
     (16, 3, False), (32, 1, False), (64, 1, False), (64, 3, False), (16, 3, True), (32, 1, True),
     (64, 1, True), (64, 3, True), (128, 1, True),
 )  # fmt: skip
-ROUTINGS = 4  # of a few tokens, so that their weights don't stay in the cache
 
 
 def _gemm_tiles(block_m: int) -> list[GemmTile]:
@@ -127,58 +124,6 @@ def _block_sizes(shape: MoeShape, num_tokens: int, adapters: int) -> list[int]:
         return [16, 32, 64]
     # Many short runs waste less of a lower block.
     return [64, 128] if rows <= 256 or adapters >= 32 else [128]
-
-
-@dataclass
-class Problem:
-    """Random inputs of one layer shape on this GPU."""
-
-    shape: MoeShape
-    slots: int
-
-    def __post_init__(self) -> None:
-        s = self.shape
-        torch.manual_seed(0)
-        device = torch.device("cuda")
-        w13 = torch.empty(s.num_experts, 2 * s.intermediate, s.hidden, dtype=s.dtype, device=device)
-        w2 = torch.empty(s.num_experts, s.hidden, s.intermediate, dtype=s.dtype, device=device)
-        self.weights = MoeWeights(w13.normal_(std=0.02), w2.normal_(std=0.02))
-        self.tables = random_tables(s, self.slots, RANK)
-
-    def calls(self, num_tokens: int, adapters: int) -> list[tuple]:
-        """Arguments of the runner: x, routing, and adapters' tables and batch where there are."""
-        s, calls = self.shape, []
-        for _ in range(ROUTINGS if num_tokens <= 64 else 1):
-            x = torch.randn(num_tokens, s.hidden, dtype=s.dtype, device="cuda")
-            logits = torch.randn(num_tokens, s.num_experts, device="cuda")
-            topk_weights, ids = logits.softmax(1).topk(s.top_k)
-            lora: tuple = (None, None)
-            if adapters:
-                slot = torch.arange(num_tokens, device="cuda") * adapters // num_tokens
-                lora = (self.tables, LoraBatch.from_token_slot(slot.int(), True, adapters))
-            calls.append((x, self.weights, topk_weights, ids.int(), *lora))
-        return calls
-
-
-def random_tables(shape: MoeShape, slots: int, rank: int) -> ExpertLoraTables:
-    """Adapters of one rank on all experts, their blocks in random order in the pool."""
-    hidden, inter, experts = shape.hidden, shape.intermediate, shape.num_experts
-    sizes = torch.tensor([2 * rank * hidden, 2 * inter * rank, inter * rank, hidden * rank])
-    block = int(sizes.sum())
-    place = torch.randperm(slots * experts).view(slots, experts) * block
-    starts = sizes.cumsum(0) - sizes
-    offsets = [(place + int(start)).cuda() for start in starts]
-    pool = torch.empty(slots * experts * block, dtype=shape.dtype, device="cuda").normal_(std=0.05)
-    shape3 = (slots, experts, 3)
-    return ExpertLoraTables(
-        pool,
-        *offsets,
-        rank=torch.full(shape3, rank, dtype=torch.int32, device="cuda"),
-        scale=torch.ones(shape3, device="cuda"),
-        layout=torch.zeros(slots, dtype=torch.int32, device="cuda"),
-        max_rank=rank,
-        rank_multiple=8,
-    )
 
 
 def layer_us(tiles: MoeTiles, calls: list[tuple], budget_ms: float = 25) -> float:
