@@ -14,7 +14,14 @@ from .safetensors_header import read_header
 
 Cut = Literal["column", "row"]
 
-SUPPORTED_MODEL_TYPES = ("qwen3_moe",)
+# Where a family's config has the intermediate size of one expert.
+_EXPERT_SIZE_FIELDS = {
+    "qwen3_moe": "moe_intermediate_size",
+    "olmoe": "intermediate_size",
+    "mixtral": "intermediate_size",
+    "qwen2_moe": "moe_intermediate_size",
+}
+SUPPORTED_MODEL_TYPES = tuple(_EXPERT_SIZE_FIELDS)
 
 # The part of config.json that decides what a LoRA factor means. Fields that only tune numerics or
 # that other library versions spell differently (rope, dtype) would change the fingerprint of the
@@ -58,7 +65,8 @@ class BaseModel:
         name: the name it is served under.
         fingerprint: sha256 hex of config shapes, safetensors headers and samples of the weights.
         hidden: model width H. moe_intermediate: width I of one expert.
-        dense_targets: the attention projections, by name as in `self_attn.<name>`.
+        dense_targets: the attention projections, by name as in `self_attn.<name>`, and those of
+            a shared expert, as "shared_expert.<name>".
         moe_layers: indices of the layers that hold experts.
         accepted_names: lower-case last path components that an adapter's
             `base_model_name_or_path` may have.
@@ -116,11 +124,24 @@ class BaseModel:
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             num_experts=_size(config, "num_experts", folder),
-            moe_intermediate=_size(config, "moe_intermediate_size", folder),
-            dense_targets=_attention_targets(hidden, heads, kv_heads, head_dim),
+            moe_intermediate=_size(config, _EXPERT_SIZE_FIELDS[config["model_type"]], folder),
+            dense_targets=_attention_targets(hidden, heads, kv_heads, head_dim)
+            | _shared_expert_targets(config, hidden, folder),
             moe_layers=_moe_layers(config, layers),
             accepted_names=tuple(sorted({last_component(n) for n in names} - {""})),
         )
+
+    @property
+    def rewritten_projections(self) -> tuple[str, str, str] | None:
+        """Modules of an expert (gate, up, down) that PEFT turns into targets of fused parameters.
+
+        None where it doesn't: in Qwen2-MoE these names remain the shared expert's.
+        """
+        if self.model_type == "qwen2_moe":
+            return None
+        if self.model_type == "mixtral":
+            return "w1", "w3", "w2"
+        return "gate_proj", "up_proj", "down_proj"
 
     def accepts_name(self, base_model_name_or_path: str | None) -> bool:
         """Whether an adapter made for that name may be served here.
@@ -164,6 +185,19 @@ def _attention_targets(
         "k_proj": DenseTarget(kv, hidden, "column"),
         "v_proj": DenseTarget(kv, hidden, "column"),
         "o_proj": DenseTarget(hidden, q, "row"),
+    }
+
+
+def _shared_expert_targets(
+    config: Mapping[str, Any], hidden: int, folder: Path
+) -> dict[str, DenseTarget]:
+    if config["model_type"] != "qwen2_moe":
+        return {}
+    inter = _size(config, "shared_expert_intermediate_size", folder)
+    return {
+        "shared_expert.gate_proj": DenseTarget(inter, hidden, "column"),
+        "shared_expert.up_proj": DenseTarget(inter, hidden, "column"),
+        "shared_expert.down_proj": DenseTarget(hidden, inter, "row"),
     }
 
 

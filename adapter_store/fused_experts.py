@@ -51,7 +51,8 @@ def check_fused(
     """
     if not sites:
         return []
-    config = config.for_fused_experts(sorted({site.module for site in sites}))
+    if projections := base.rewritten_projections:
+        config = config.for_fused_experts(sorted({site.module for site in sites}), projections)
     found = [_identify(site, pair, config, base) for site, pair in sites.items()]
     return _orient(found, config.writes_swapped)
 

@@ -33,12 +33,8 @@ from .errors import AdapterRefused
 from .patterns import Pattern, PatternTable
 from .quoting import show
 
-# The expert projections under their unfused names, and the fused parameter that holds each.
-_FUSED_PARAMETER = {
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-    "down_proj": "down_proj",
-}
+# The fused parameters that hold the experts' gate, up and down projections.
+_FUSED_PARAMETERS = ("gate_up_proj", "gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -92,32 +88,32 @@ class PeftConfig:
         alpha = self._alphas.get(name, self.alpha)
         return float(np.float32(alpha / (math.sqrt(rank) if self.use_rslora else rank)))
 
-    def for_fused_experts(self, experts: Iterable[str]) -> PeftConfig:
+    def for_fused_experts(
+        self, experts: Iterable[str], projections: tuple[str, str, str]
+    ) -> PeftConfig:
         """This config as PEFT rewrites it for a model whose experts are fused parameters.
 
-        Targets gate_proj, up_proj and down_proj become parameters; gate and up in one double the
+        Targets that name an expert's projection become parameters; gate and up in one double the
         rank and alpha of gate_up_proj.
 
         Args:
             experts: names of the modules that hold experts, "model.layers.0.mlp.experts", ...
+            projections: the names of gate, up and down where they are modules.
         """
+        held_by = dict(zip(projections, _FUSED_PARAMETERS, strict=True))
         targets = self.target_modules
         if isinstance(targets, frozenset):
-            named = {p for t in targets for p in _FUSED_PARAMETER if t == p or t.endswith(f".{p}")}
+            named = {p for t in targets for p in held_by if t == p or t.endswith(f".{p}")}
         elif isinstance(targets, str):
-            named = set(_FUSED_PARAMETER)
+            named = set(held_by)
         else:
             containers = list(experts)
-            named = {
-                p
-                for p in _FUSED_PARAMETER
-                if any(self.targets_module(f"{c}.{p}") for c in containers)
-            }
+            named = {p for p in held_by if any(self.targets_module(f"{c}.{p}") for c in containers)}
         if not named:
             return self
-        parameters = {_FUSED_PARAMETER[p] for p in named}
+        parameters = {held_by[p] for p in named}
         ranks, alphas = dict(self.rank_pattern), dict(self.alpha_pattern)
-        if {"gate_proj", "up_proj"} <= named:
+        if set(projections[:2]) <= named:
             ranks[r".*\.gate_up_proj"] = 2 * self.rank
             alphas[r".*\.gate_up_proj"] = 2 * self.alpha
         return replace(

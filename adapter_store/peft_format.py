@@ -145,7 +145,7 @@ def _pair(weights: WeightsFile, base: BaseModel) -> dict[Site, Pair]:
 
 
 def _check_dense(site: DenseSite, pair: Pair, config: PeftConfig, base: BaseModel) -> float:
-    """Checks one attention projection; returns its scale."""
+    """Checks one dense projection; returns its scale."""
     target = base.dense_targets[site.target]
     name = site.module
     if not config.targets_module(name):

@@ -27,7 +27,7 @@ _KEY = re.compile(
     r"(?P<module>(?:model\.)?layers\.(?P<layer>[0-9]{1,5})\.(?P<rest>[A-Za-z0-9_.]{1,200}))"
     r"\.lora_(?P<side>[AB])(?:\.default)?\.weight"
 )
-_DENSE = re.compile(r"self_attn\.(?P<target>[a-z_]+)")
+_DENSE = re.compile(r"self_attn\.(?P<target>[a-z_]+)|mlp\.(?P<shared>shared_expert\.[a-z_]+)")
 _EXPERT = re.compile(
     r"(?:mlp|block_sparse_moe)\.experts\.(?P<expert>[0-9]{1,6})"
     rf"\.(?P<projection>{'|'.join(_PROJECTIONS)})"
@@ -49,7 +49,10 @@ _TELLING = {
 
 @dataclass(frozen=True)
 class DenseSite:
-    """An attention projection. `module` is its full name, as PEFT matches it."""
+    """A projection of attention or of a shared expert.
+
+    `module` is its full name, as PEFT matches it; `target` its name in the base's dense targets.
+    """
 
     layer: int
     module: str
@@ -95,8 +98,11 @@ def parse_key(name: str, base: BaseModel) -> tuple[Site, Side]:
     if layer >= base.num_layers:
         raise _unknown(name, f"{base.name} has layers 0 to {base.num_layers - 1}")
     side: Side = "A" if match["side"] == "A" else "B"
-    if (dense := _DENSE.fullmatch(rest)) and dense["target"] in base.dense_targets:
-        return DenseSite(layer, module, dense["target"]), side
+    dense = _DENSE.fullmatch(rest)
+    if dense and (target := dense["target"] or dense["shared"]) in base.dense_targets:
+        if dense["shared"]:
+            _check_moe_layer(name, layer, base)
+        return DenseSite(layer, module, target), side
     if fused := _FUSED.fullmatch(rest):
         _check_moe_layer(name, layer, base)
         module = module.removesuffix(".base_layer")
@@ -109,6 +115,8 @@ def parse_key(name: str, base: BaseModel) -> tuple[Site, Side]:
         return ExpertSite(layer, module, number, _PROJECTIONS[expert["projection"]]), side
     if _ROUTER.fullmatch(rest):
         raise _unsupported(name, "adapting the router isn't served")
+    if rest == "mlp.shared_expert_gate":
+        raise _unsupported(name, "adapting the gate of the shared expert isn't served")
     served = ", ".join(base.dense_targets)
     raise _unsupported(
         name, f"{rest} isn't served; adapters may target {served} and the experts' projections"

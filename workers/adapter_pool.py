@@ -96,10 +96,15 @@ class AdapterPool:
         self.experts: list[ExpertLoraTables] = []
         self.qkv: list[DenseLoraTables] = []
         self.o: list[DenseLoraTables] = []
+        self.shared_gate_up: list[DenseLoraTables] = []  # empty without shared experts
+        self.shared_down: list[DenseLoraTables] = []
         for _ in range(model.num_layers):
             self.experts.append(self._expert_tables())
             self.qkv.append(self._dense_tables((shard.q_size, shard.kv_size, shard.kv_size)))
             self.o.append(self._dense_tables((model.hidden_size,), a_transposed=True))
+            if model.shared_expert_size:
+                self.shared_gate_up.append(self._dense_tables((shard.shared_intermediate,) * 2))
+                self.shared_down.append(self._dense_tables((model.hidden_size,), a_transposed=True))
 
     @property
     def total_bytes(self) -> int:
@@ -165,7 +170,7 @@ class AdapterPool:
                 offsets[slot] = -1
             tables.rank[slot] = 0
             tables.layout[slot] = 0
-        for tables in (*self.qkv, *self.o):
+        for tables in (*self.qkv, *self.o, *self.shared_gate_up, *self.shared_down):
             tables.offset_a[slot] = -1
             tables.offset_b[slot] = -1
             tables.rank[slot] = 0
@@ -326,6 +331,10 @@ class AdapterPool:
         for p, name in enumerate(("q_proj", "k_proj", "v_proj")):
             yield name, self.qkv[layer], p
         yield "o_proj", self.o[layer], 0
+        if self.shared_down:
+            yield "shared_expert.gate_proj", self.shared_gate_up[layer], 0
+            yield "shared_expert.up_proj", self.shared_gate_up[layer], 1
+            yield "shared_expert.down_proj", self.shared_down[layer], 0
 
     def _expert_tables(self) -> ExpertLoraTables:
         s, e = self.max_slots, self._model.num_experts

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelFilesInvalid, ModelUnsupported
+from .families import FAMILIES, unserved_options
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class ModelConfig:
     max_position_embeddings: int
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
+    qkv_bias: bool = False
+    shared_expert_size: int = 0  # intermediate size; 0: there is none
+    sliding_window: int | None = None  # tokens; texts that fit into it don't notice it
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
@@ -50,24 +54,15 @@ class ModelConfig:
             ) from None
         except json.JSONDecodeError as e:
             raise ModelFilesInvalid(f"{path} is not valid JSON: {e}") from None
-        if raw.get("model_type") != "qwen3_moe":
+        family = FAMILIES.get(raw.get("model_type"))
+        if family is None:
             raise ModelUnsupported(
-                f"{path}: model_type {raw.get('model_type')!r} isn't served; 'qwen3_moe' is"
+                f"{path}: model_type {raw.get('model_type')!r} isn't served; "
+                f"served: {', '.join(FAMILIES)}"
             )
+        for name, value in unserved_options(raw).items():
+            raise ModelUnsupported(f"{path}: {name} = {value!r} isn't served")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        refused = {
-            "rope_type": rope_type not in ("default", None) and rope_type,
-            "attention_bias": raw.get("attention_bias"),
-            "use_sliding_window": raw.get("use_sliding_window"),
-            "mlp_only_layers": raw.get("mlp_only_layers"),
-            "decoder_sparse_step": raw.get("decoder_sparse_step", 1) != 1
-            and raw["decoder_sparse_step"],
-            "hidden_act": raw.get("hidden_act", "silu") != "silu" and raw["hidden_act"],
-        }
-        for name, value in refused.items():
-            if value:
-                raise ModelUnsupported(f"{path}: {name} = {value!r} isn't served")
         heads = raw["num_attention_heads"]
         return cls(
             model_type=raw["model_type"],
@@ -75,17 +70,22 @@ class ModelConfig:
             hidden_size=raw["hidden_size"],
             num_layers=raw["num_hidden_layers"],
             num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads", heads),
+            num_kv_heads=raw.get("num_key_value_heads") or heads,
             head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
             num_experts=raw.get("num_experts") or raw["num_local_experts"],
             top_k=raw["num_experts_per_tok"],
-            moe_intermediate_size=raw["moe_intermediate_size"],
-            norm_topk_prob=raw.get("norm_topk_prob", False),
+            moe_intermediate_size=raw[family.expert_size_field],
+            norm_topk_prob=raw.get("norm_topk_prob", family.norm_topk_prob),
             rms_norm_eps=raw["rms_norm_eps"],
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or family.rope_theta),
             max_position_embeddings=raw["max_position_embeddings"],
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             eos_token_ids=_eos_ids(Path(folder), raw),
+            qkv_bias=raw.get("qkv_bias", family.qkv_bias),
+            shared_expert_size=(
+                raw["shared_expert_intermediate_size"] if family.shared_expert else 0
+            ),
+            sliding_window=raw.get("sliding_window") if family.windowed else None,
         )
 
 
@@ -131,6 +131,18 @@ class EngineConfig:
 
     @cached_property
     def context_length(self) -> int:
-        """Most tokens (prompt and output) of one sequence."""
+        """Most tokens (prompt and output) of one sequence.
+
+        Raises:
+            ModelUnsupported: the model attends to a window shorter than that.
+        """
         limit = self.max_model_len or self.model.max_position_embeddings
-        return min(limit, self.model.max_position_embeddings, self.kv_tokens)
+        length = min(limit, self.model.max_position_embeddings, self.kv_tokens)
+        window = self.model.sliding_window
+        if window is not None and window < length:
+            raise ModelUnsupported(
+                f"{self.model_path}: sliding_window = {window} is shorter than the context of "
+                f"{length} tokens, and sliding windows aren't served; set max_model_len to "
+                f"{window} or less"
+            )
+        return length

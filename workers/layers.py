@@ -1,9 +1,21 @@
-"""Layers that all model families share, in plain torch."""
+"""Layers that the model families are put together from: one rank's part of each.
+
+Weights are plain tensors, cut by `models.loading`. Activations are [T, H], T tokens of the step.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
+
+from ..kernels import LoraBatch, MoeRunner, MoeWeights, lora_linear_
+from .adapter_pool import AdapterPool
+from .attention import AttentionBatch, PagedKVCache
+from .comm import Comm
+from .shard import Shard
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -47,3 +59,130 @@ def route(logits: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch.Te
     if renormalise:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return weights, ids.to(torch.int32)
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What every layer reads of one step. `lora` is None when no token has an adapter."""
+
+    cos: torch.Tensor  # [T, 1, D]
+    sin: torch.Tensor  # [T, 1, D]
+    attention: AttentionBatch
+    cache: PagedKVCache
+    pool: AdapterPool
+    lora: LoraBatch | None
+
+
+class QkNorm(Protocol):
+    """What is done to a rank's q [T, q] and k [T, kv] before they are rotated."""
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """RMS norm of each head alone, all heads with the same weights [D]."""
+
+    q_weight: torch.Tensor
+    k_weight: torch.Tensor
+    eps: float
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        d = self.q_weight.shape[0]
+        heads_q, heads_k = q.reshape(q.shape[0], -1, d), k.reshape(k.shape[0], -1, d)
+        q_out = rms_norm(heads_q, self.q_weight, self.eps)
+        return q_out, rms_norm(heads_k, self.k_weight, self.eps)
+
+
+@dataclass(frozen=True)
+class WholeNorm:
+    """RMS norm over all heads together, with weights of this rank's part, [q] and [kv].
+
+    The mean square needs every rank's part: one small all-reduce. KV heads that are repeated are
+    repeated equally often, which leaves the mean as it is.
+    """
+
+    comm: Comm
+    q_weight: torch.Tensor
+    k_weight: torch.Tensor
+    eps: float
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.comm.size == 1:
+            return rms_norm(q, self.q_weight, self.eps), rms_norm(k, self.k_weight, self.eps)
+        x, y = q.float(), k.float()
+        squares = torch.stack([x.square().mean(-1), y.square().mean(-1)], dim=-1)  # [T, 2]
+        squares = self.comm.all_reduce(squares) / self.comm.size
+        scale = torch.rsqrt(squares + self.eps)
+        x = x * scale[:, :1] * self.q_weight.float()
+        y = y * scale[:, 1:] * self.k_weight.float()
+        return x.to(q.dtype), y.to(k.dtype)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Grouped-query attention over the paged cache, with LoRA on q, k, v and o."""
+
+    shard: Shard
+    comm: Comm
+    qkv: torch.Tensor  # [q + 2 kv, H]
+    qkv_bias: torch.Tensor | None  # [q + 2 kv]
+    o: torch.Tensor  # [H, q]
+    norm: QkNorm | None
+
+    def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
+        s, t, d = self.shard, h.shape[0], self.shard.model.head_dim
+        qkv = F.linear(h, self.qkv, self.qkv_bias)
+        if step.lora is not None:
+            lora_linear_(qkv, h, step.pool.qkv[n], step.lora)
+        q, k, v = qkv.split((s.q_size, s.kv_size, s.kv_size), dim=-1)
+        if self.norm is not None:
+            q, k = self.norm(q, k)
+        q = RotaryEmbedding.apply(q.reshape(t, -1, d), step.cos, step.sin)
+        k = RotaryEmbedding.apply(k.reshape(t, -1, d), step.cos, step.sin)
+        o = step.cache.attend(n, q, k, v.reshape(t, -1, d), step.attention)
+        y = F.linear(o, self.o)
+        if step.lora is not None:
+            lora_linear_(y, o, step.pool.o[n], step.lora)
+        return self.comm.all_reduce(y)
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """An expert that every token goes through, weighed by a gate of its own."""
+
+    gate_up: torch.Tensor  # [2 I, H]
+    down: torch.Tensor  # [H, I]
+    gate: torch.Tensor  # [1, H]
+
+    def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
+        """This rank's part of the sum."""
+        gate_up = F.linear(h, self.gate_up)
+        if step.lora is not None:
+            lora_linear_(gate_up, h, step.pool.shared_gate_up[n], step.lora)
+        gate, up = gate_up.chunk(2, dim=-1)
+        x = F.silu(gate) * up
+        y = F.linear(x, self.down)
+        if step.lora is not None:
+            lora_linear_(y, x, step.pool.shared_down[n], step.lora)
+        return torch.sigmoid(F.linear(h, self.gate)) * y
+
+
+@dataclass(frozen=True)
+class MoeBlock:
+    """Routed experts, and the shared one of families that have it."""
+
+    comm: Comm
+    runner: MoeRunner
+    router: torch.Tensor  # [E, H]
+    experts: MoeWeights
+    top_k: int
+    norm_topk_prob: bool
+    shared: SharedExpert | None = None
+
+    def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
+        weights, ids = route(F.linear(h, self.router), self.top_k, self.norm_topk_prob)
+        y = self.runner(h, self.experts, weights, ids, step.pool.experts[n], step.lora)
+        if self.shared is not None:
+            y = y + self.shared(n, h, step)
+        return self.comm.all_reduce(y)

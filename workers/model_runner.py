@@ -11,7 +11,7 @@ from .attention import PagedKVCache, plan_attention
 from .comm import Comm
 from .config import EngineConfig
 from .errors import WorkerError
-from .models import Qwen3Moe
+from .models import load_model
 from .shard import Shard
 from .step import SequenceStep, Step
 from .weights import Checkpoint
@@ -56,7 +56,7 @@ class ModelRunner:
             rank_multiple=_GPU_RANK_MULTIPLE if on_gpu else 1,
         )
         with Checkpoint(config.model_path, self.dtype, config.device) as checkpoint:
-            self.model = Qwen3Moe(
+            self.model = load_model(
                 model,
                 shard,
                 checkpoint,

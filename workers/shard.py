@@ -22,6 +22,7 @@ class Shard:
         for what, n in (
             ("num_attention_heads", m.num_heads),
             ("moe_intermediate_size", m.moe_intermediate_size),
+            ("shared_expert_intermediate_size", m.shared_expert_size),
         ):
             if n % tp:
                 raise ModelUnsupported(f"tp size {tp} doesn't divide {what} = {n}")
@@ -51,8 +52,18 @@ class Shard:
     def intermediate(self) -> int:
         return self.model.moe_intermediate_size // self.size
 
+    @property
+    def shared_intermediate(self) -> int:
+        return self.model.shared_expert_size // self.size
+
     def rows(self, target: str) -> tuple[int, int]:
-        """Rows (low, high) of q, k or v's output, or of o's input, that this rank holds."""
+        """Rows (low, high) that this rank holds of the dimension along which `target` is cut.
+
+        That is the output of q, k, v and of the shared expert's gate and up, the input of o and
+        of its down.
+        """
+        if target.startswith("shared_expert."):
+            return self.rank * self.shared_intermediate, (self.rank + 1) * self.shared_intermediate
         if target in ("q_proj", "o_proj"):
             return self.rank * self.q_size, (self.rank + 1) * self.q_size
         first = self.rank * self.model.num_kv_heads // self.size

@@ -1,5 +1,6 @@
-"""Model families, one file each."""
+"""Model families, one file each, over the layers they share."""
 
-from .qwen3_moe import Qwen3Moe
+from .decoder import Decoder
+from .registry import load_model
 
-__all__ = ["Qwen3Moe"]
+__all__ = ["Decoder", "load_model"]

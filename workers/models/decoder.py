@@ -1,0 +1,63 @@
+"""The frame that all families share: embedding, layers with two residual branches, norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ...kernels import LoraBatch
+from ..adapter_pool import AdapterPool
+from ..attention import AttentionBatch, PagedKVCache
+from ..layers import Attention, MoeBlock, RotaryEmbedding, StepContext, rms_norm
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    input_norm: torch.Tensor  # [H]
+    attention: Attention
+    post_norm: torch.Tensor  # [H]
+    moe: MoeBlock
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Weights of one rank and the forward pass."""
+
+    embed: torch.Tensor  # [vocab, H]
+    layers: Sequence[DecoderLayer]
+    norm: torch.Tensor  # [H]
+    head: torch.Tensor  # [vocab, H]; rank 0 alone reads it
+    rope: RotaryEmbedding
+    eps: float
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: AttentionBatch,
+        cache: PagedKVCache,
+        pool: AdapterPool,
+        lora: LoraBatch | None,
+    ) -> torch.Tensor:
+        """Hidden states after the last norm.
+
+        Args:
+            token_ids, positions: int64 [T].
+            lora: the adapter slot of every token; None when no token has an adapter.
+
+        Returns:
+            [T, H]
+        """
+        x = F.embedding(token_ids, self.embed)
+        step = StepContext(*self.rope.at(positions), attention, cache, pool, lora)
+        for n, layer in enumerate(self.layers):
+            x = x + layer.attention(n, rms_norm(x, layer.input_norm, self.eps), step)
+            x = x + layer.moe(n, rms_norm(x, layer.post_norm, self.eps), step)
+        return rms_norm(x, self.norm, self.eps)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [N, vocab] of hidden states [N, H]. Rank 0 only."""
+        return F.linear(hidden, self.head).float()

@@ -1,0 +1,96 @@
+"""Builds the shared layers from a checkpoint, cut to this rank's part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...kernels import MoeRunner, MoeWeights
+from ..comm import Comm
+from ..config import ModelConfig
+from ..layers import Attention, MoeBlock, QkNorm, SharedExpert
+from ..shard import Shard
+from ..weights import Checkpoint
+
+# One expert's projections (gate, up, down) in a checkpoint with a tensor for each.
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Loader:
+    """What a family needs to build its layers."""
+
+    config: ModelConfig
+    shard: Shard
+    checkpoint: Checkpoint
+    comm: Comm
+    runner: MoeRunner
+
+    def attention(self, prefix: str, norm: QkNorm | None) -> Attention:
+        """Attention whose tensors' names begin with `prefix`."""
+        ck, shard, bias = self.checkpoint, self.shard, self.config.qkv_bias
+        names = ("q_proj", "k_proj", "v_proj")
+        rows = {name: slice(*shard.rows(name)) for name in names}
+        qkv = [ck.get(f"{prefix}{name}.weight", rows=rows[name]) for name in names]
+        biases = [ck.get(f"{prefix}{name}.bias", rows=rows[name]) for name in names if bias]
+        o = ck.get(f"{prefix}o_proj.weight", cols=slice(*shard.rows("o_proj")))
+        return Attention(
+            shard=shard,
+            comm=self.comm,
+            qkv=torch.cat(qkv),
+            qkv_bias=torch.cat(biases) if bias else None,
+            o=o.contiguous(),
+            norm=norm,
+        )
+
+    def moe(
+        self,
+        prefix: str,
+        projections: tuple[str, str, str] = PROJECTIONS,
+        shared: SharedExpert | None = None,
+    ) -> MoeBlock:
+        """Routed experts and their router, `<prefix>experts` and `<prefix>gate`."""
+        return MoeBlock(
+            comm=self.comm,
+            runner=self.runner,
+            router=self.checkpoint.get(f"{prefix}gate.weight"),
+            experts=self._experts(f"{prefix}experts.", projections),
+            top_k=self.config.top_k,
+            norm_topk_prob=self.config.norm_topk_prob,
+            shared=shared,
+        )
+
+    def shared_expert(self, prefix: str) -> SharedExpert:
+        """`<prefix>shared_expert` and its gate, `<prefix>shared_expert_gate`."""
+        ck, p = self.checkpoint, f"{prefix}shared_expert."
+        rows = slice(*self.shard.rows("shared_expert.gate_proj"))
+        down = ck.get(f"{p}down_proj.weight", cols=rows)
+        return SharedExpert(
+            gate_up=torch.cat(
+                [ck.get(f"{p}{name}.weight", rows=rows) for name in ("gate_proj", "up_proj")]
+            ),
+            down=down.contiguous(),
+            gate=ck.get(f"{prefix}shared_expert_gate.weight"),
+        )
+
+    def _experts(self, prefix: str, projections: tuple[str, str, str]) -> MoeWeights:
+        """From one tensor per expert and projection, or from fused tensors."""
+        ck = self.checkpoint
+        lo, hi = self.shard.intermediate_rows()
+        if prefix + "gate_up_proj" in ck:
+            whole = self.config.moe_intermediate_size
+            w13 = ck.get(prefix + "gate_up_proj")
+            w13 = torch.cat([w13[:, lo:hi], w13[:, whole + lo : whole + hi]], dim=1)
+            down = ck.get(prefix + "down_proj")[:, :, lo:hi]
+            return MoeWeights(w13.contiguous(), down.contiguous())
+        gate, up, down = projections
+        w13, w2 = [], []
+        for e in range(self.config.num_experts):
+            w13.append(
+                torch.cat(
+                    [ck.get(f"{prefix}{e}.{p}.weight", rows=slice(lo, hi)) for p in (gate, up)]
+                )
+            )
+            w2.append(ck.get(f"{prefix}{e}.{down}.weight", cols=slice(lo, hi)))
+        return MoeWeights(torch.stack(w13), torch.stack(w2))

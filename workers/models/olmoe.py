@@ -1,0 +1,24 @@
+"""OLMoE: q and k are normalised over all heads together."""
+
+from __future__ import annotations
+
+from ..layers import WholeNorm
+from .decoder import DecoderLayer
+from .loading import Loader
+
+
+def load_layer(loader: Loader, n: int) -> DecoderLayer:
+    ck, p = loader.checkpoint, f"model.layers.{n}."
+    q_rows, k_rows = (slice(*loader.shard.rows(name)) for name in ("q_proj", "k_proj"))
+    norm = WholeNorm(
+        loader.comm,
+        ck.get(p + "self_attn.q_norm.weight", rows=q_rows),
+        ck.get(p + "self_attn.k_norm.weight", rows=k_rows),
+        loader.config.rms_norm_eps,
+    )
+    return DecoderLayer(
+        input_norm=ck.get(p + "input_layernorm.weight"),
+        attention=loader.attention(p + "self_attn.", norm),
+        post_norm=ck.get(p + "post_attention_layernorm.weight"),
+        moe=loader.moe(p + "mlp."),
+    )
