@@ -1,6 +1,10 @@
-"""Tests that need a CUDA device. One command runs them all, from the repository's root:
+"""Tests that need a CUDA device, from the repository's root:
 
-python -m pytest tests/gpu -m gpu
+python -m pytest tests/gpu -m "gpu and not soak"
+python -m pytest tests/gpu -m "gpu and soak"      (under compute-sanitizer)
+
+Nothing above this folder is needed: `--confcutdir tests/gpu` leaves out what other tests import.
+Most of the time goes into compiling, which pytest-xdist's `-n 6` spreads over processes.
 """
 
 from collections.abc import Iterator

@@ -80,16 +80,20 @@ def other_steps(case: Case) -> dict[str, Layer]:
     return steps
 
 
-@pytest.mark.parametrize("tokens", [1, 33, 700])
-def test_replays_follow_what_changed_in_place(tokens):
+@pytest.mark.parametrize(
+    ("tokens", "shared_outer"), [(1, False), (33, False), (33, True), (700, False)]
+)
+def test_replays_follow_what_changed_in_place(tokens, shared_outer):
     case = Case(tokens, 4, 16, 6, 32, torch.bfloat16)
     static = copied(random_layer(case))
+    static.tables.shared_outer = shared_outer
     step = step_of(static)
     with poisoned_memory():
         graph, out = capture(step)
         graph.replay()
         assert_near(out, reference.moe(static), LORA_ERROR[case.dtype])
         for name, new in other_steps(case).items():
+            new.tables.shared_outer = shared_outer
             overwrite(static, new)
             out.fill_(torch.nan)
             graph.replay()

@@ -116,8 +116,11 @@ def test_align_is_as_the_definition_says(tokens, block_size):
 ])  # fmt: skip
 @pytest.mark.parametrize("ordered", [True, False])
 def test_align_of_large_batches_is_as_on_cpu(tokens, top_k, experts, block_size, ordered):
-    _, ids = random_routing(2, tokens, experts, top_k, skipped=0.1)
-    token_slot = torch.randint(-1, 64, (tokens,), generator=torch.Generator().manual_seed(2)).int()
+    torch.manual_seed(tokens)
+    scores = torch.rand(tokens, experts, device=DEVICE)
+    ids = scores.topk(top_k).indices.int().cpu()
+    ids[torch.rand(ids.shape) < 0.1] = -1
+    token_slot = torch.randint(-1, 64, (tokens,)).int()
     if ordered:
         token_slot = token_slot.sort().values
     ours = moe_lora_align_block_size(ids, token_slot, block_size, experts)

@@ -154,6 +154,17 @@ class TestOnAGpu:
         check_down_alone(layer, backend, error)
         assert_near(run(layer, backend), reference.moe(layer), error)
 
+    @pytest.mark.parametrize("dtype", LORA_ERROR, ids=str)
+    @pytest.mark.parametrize("tokens", [1, 64, 1024])
+    def test_factors_that_all_experts_share(self, tokens, dtype):
+        """Four adapters, of which two share an outer factor and take the short way."""
+        layer = random_layer(Case(tokens, 8, 64, 4, 16, dtype))
+        backend = FusedBackend(tiles_for(tokens))
+        layer.tables.shared_outer = True
+        check_gate_up_alone(layer, backend, LORA_ERROR[dtype])
+        check_down_alone(layer, backend, LORA_ERROR[dtype])
+        assert_near(run(layer, backend), reference.moe(layer), LORA_ERROR[dtype])
+
     @pytest.mark.parametrize("case", CASES[::8], ids=str)
     def test_the_plain_stages(self, case):
         check_products_alone(random_layer(case), tiles_for(case.tokens), LORA_ERROR[case.dtype])

@@ -27,6 +27,7 @@ def test_the_case_itself():
     assert run().count("as defined") == 4
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not on the path")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_clean_under(tool):

@@ -72,8 +72,8 @@ def random_expert_tables(
     Args:
         ranks: ranks to draw from, per (slot, expert, projection) or, with one_rank_per_slot, per
             slot. Where one factor is shared by all experts they have one rank, as the layout asks.
-        absent: chance that an adapter leaves an expert alone; its rank and scale entries are then
-            drawn all the same, and must not matter.
+        absent: chance that an adapter leaves an expert alone, which lacks A, B or both; its rank
+            and scale entries are then drawn all the same, and must not matter.
         unused_slots: slots that hold nothing (offsets -1, ranks and scales arbitrary).
         alignment: of blocks, in elements.
     """
@@ -95,9 +95,8 @@ def random_expert_tables(
         if layout[slot] & SHARED_B2:
             rank[slot, :, 2] = rank[slot, 0, 2]
         _add_blocks(builder, handle[:, slot], rank[slot], int(layout[slot]), hidden, intermediate)
-        gone = rng.random((2, num_experts)) < absent  # gate/up and down apart
-        handle[:2, slot, gone[0]] = -1
-        handle[2:, slot, gone[1]] = -1
+        for factors in (0, 2):  # gate/up and down apart
+            handle[factors : factors + 2, slot][_gone(rng, absent, num_experts)] = -1
     pool, place = builder.build(dtype)
     offset = np.where(handle >= 0, place[handle] if len(place) else -1, -1)
     a13, b13, a2, b2 = (torch.from_numpy(part.copy()) for part in offset)
@@ -111,6 +110,12 @@ def random_expert_tables(
         scale=torch.from_numpy(scale),
         layout=torch.from_numpy(layout),
     )
+
+
+def _gone(rng: np.random.Generator, absent: float, count: int) -> np.ndarray:
+    """bool [2, count]: which A and which B are missing. One is as good as both."""
+    missing = np.array([(True, False), (False, True), (True, True)])
+    return (missing[rng.integers(0, 3, count)] & (rng.random((count, 1)) < absent)).T
 
 
 def _add_blocks(builder, handle, rank, layout, hidden, intermediate) -> None:
@@ -151,10 +156,11 @@ def random_dense_tables(
     rank = rng.choice(ranks, size=shape).astype(np.int32)
     for slot in range(slots):
         for projection, out_size in enumerate(out_sizes):
-            if slot in unused_slots or rank[slot, projection] == 0 or rng.random() < absent:
+            if slot in unused_slots or rank[slot, projection] == 0:
                 continue
             handle[0, slot, projection] = builder.block(int(rank[slot, projection]) * in_size)
             handle[1, slot, projection] = builder.block(int(rank[slot, projection]) * out_size)
+        handle[:, slot][_gone(rng, absent, len(out_sizes))] = -1
     pool, place = builder.build(dtype)
     offset = np.where(handle >= 0, place[handle] if len(place) else -1, -1)
     return DenseLoraTables(

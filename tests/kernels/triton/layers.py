@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from loraplex.kernels import LoraBatch, MoeBackend, MoeRunner
 from loraplex.kernels.gpu import (
@@ -32,6 +33,13 @@ interpreted = pytest.mark.skipif(
     not knobs.runtime.interpret,
     reason="needs Triton's interpreter: TRITON_INTERPRET=1 in the environment",
 )
+
+
+def examples(count: int) -> settings:
+    """So many random ones. A failing one is shown as it was found: to make it smaller, hypothesis
+    would try hundreds, and a try takes the interpreter up to a second."""
+    return settings(max_examples=count, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+
 
 BACKENDS = {"fused": FusedBackend, "hooked": HookedBackend}
 # Relative to the largest value. Half precision rounds x, the intermediate and s to 11 bits.

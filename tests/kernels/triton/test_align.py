@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from loraplex.kernels import LoraBatch, moe_lora_align_block_size
 from loraplex.kernels.gpu import align
@@ -14,7 +14,7 @@ from loraplex.kernels.gpu import align
 from ..cases import assert_aligned, listed_segments
 from ..factors import random_routing
 from ..poison import poisoned_memory
-from .layers import batch_of, interpreted
+from .layers import batch_of, examples, interpreted
 
 pytestmark = interpreted
 
@@ -59,7 +59,7 @@ def batches(draw):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=120)
+@examples(60)
 @given(batch=batches(), block_size=BLOCK_SIZES)
 def test_any_batch_is_as_the_reference_says(way, batch, block_size):
     ids, token_slot, num_experts = batch
@@ -70,7 +70,7 @@ def test_any_batch_is_as_the_reference_says(way, batch, block_size):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=50)
+@examples(25)
 @given(batch=batches(), block_size=BLOCK_SIZES)
 def test_rows_are_complete_homogeneous_and_ordered(way, batch, block_size):
     """The promises themselves, not by way of the reference."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from loraplex.kernels import DenseLoraTables, lora_linear_reference
 from loraplex.kernels.gpu import lora_linear_
@@ -13,7 +13,7 @@ from loraplex.kernels.gpu import lora_linear_
 from ..cases import assert_close
 from ..factors import random_dense_tables
 from ..poison import poisoned_memory
-from .layers import TOLERANCE, batch_of, interpreted, laid_out
+from .layers import TOLERANCE, batch_of, examples, interpreted, laid_out
 
 pytestmark = interpreted
 
@@ -26,7 +26,7 @@ def add(out, x, tables, token_slot) -> torch.Tensor:
     return out
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(
     seed=st.integers(0, 2**31),
     tokens=st.integers(1, 40),
