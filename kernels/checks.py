@@ -37,6 +37,15 @@ def check(
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
 
 
+def check_contiguous(name: str, tensor: torch.Tensor | None) -> None:
+    """Raise ValueError, naming the argument, where kernels would misread it or copy it."""
+    if tensor is not None and not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous, got strides {list(tensor.stride())} for shape "
+            f"{list(tensor.shape)}"
+        )
+
+
 def check_topk_ids(topk_ids: torch.Tensor, num_experts: int) -> None:
     """Shape and dtype; on CPU also that every id is below `num_experts`."""
     check("topk_ids", topk_ids, shape=(None, None), dtype=INTEGER_TYPES)

@@ -9,7 +9,7 @@ from .backends import gpu
 from .checks import check
 from .host import on_host
 from .lora_batch import HostSegments, LoraBatch
-from .lora_tables import DenseLoraTables
+from .lora_tables import DenseLoraTables, check_max_rank
 from .low_rank import Expands, Shrinks, add_low_rank_
 
 
@@ -32,6 +32,7 @@ def lora_linear_(
     wanted = (num_tokens, sum(tables.out_sizes))
     check("out", out, shape=wanted, dtype=x.dtype, device=x.device)
     check("tables.pool", tables.pool, shape=(None,), device=x.device)
+    check_max_rank(tables.max_rank)
     if tables.rank.shape[1] != len(tables.out_sizes):
         raise ValueError(
             f"tables.rank must have a column for each of the {len(tables.out_sizes)} out_sizes, "

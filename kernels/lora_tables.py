@@ -32,7 +32,8 @@ class ExpertLoraTables:
     - a2:  [I, rank_down] (transposed, so that a cut along I is contiguous)
     - b2:  [H, rank_down]
 
-    Gate, up: y += scale * B (A x). Down: the same with A = a2.T.
+    Gate, up: y += scale * B (A x). Down: the same with A = a2.T. Factors are finite, as uploads are
+    checked to be: on a GPU several adapters share a product, in which others' rows are zero.
     """
 
     pool: torch.Tensor  # [elements], dtype of the factors
@@ -53,14 +54,14 @@ class ExpertLoraTables:
     def check(self, num_experts: int, device: torch.device) -> None:
         """Raise ValueError, naming the table, unless shapes and devices fit a rank's experts."""
         check("tables.pool", self.pool, shape=(None,), dtype=FLOAT_TYPES, device=device)
+        check("tables.layout", self.layout, shape=(None,), dtype=torch.int32, device=device)
         shape = (self.layout.shape[0], num_experts)
-        check("tables.offset_a13", self.offset_a13, shape=shape)
-        check("tables.offset_b13", self.offset_b13, shape=shape)
-        check("tables.offset_a2", self.offset_a2, shape=shape)
-        check("tables.offset_b2", self.offset_b2, shape=shape)
-        check("tables.rank", self.rank, shape=(*shape, 3))
-        check("tables.scale", self.scale, shape=(*shape, 3))
-        check("tables.layout", self.layout, shape=(None,))
+        for name in ("offset_a13", "offset_b13", "offset_a2", "offset_b2"):
+            table = getattr(self, name)
+            check(f"tables.{name}", table, shape=shape, dtype=torch.int64, device=device)
+        shape = (*shape, 3)
+        check("tables.rank", self.rank, shape=shape, dtype=torch.int32, device=device)
+        check("tables.scale", self.scale, shape=shape, dtype=torch.float32, device=device)
         check_max_rank(self.max_rank)
 
 

@@ -31,6 +31,7 @@ from .pool_pages import BlockLayout, Pages
 from .shard import Shard
 
 _ALIGN_BYTES = 16
+_FLOAT16_MAX = torch.finfo(torch.float16).max
 _MIN_PAGE, _MAX_PAGE = 16 << 10, 2 << 20
 
 
@@ -299,6 +300,10 @@ class AdapterPool:
             tensor = torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16)
         else:
             tensor = torch.from_numpy(flat)
+        if self.buffer.dtype == torch.float16:
+            # Uploads are finite in their own precision. An infinite factor would reach the rows of
+            # other adapters in a product that they share.
+            tensor = tensor.float().clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
         self.buffer[offset : offset + block.elements].copy_(tensor)
 
     def _set_ranks(self, pack: Pack, slot: int) -> None:

@@ -11,10 +11,12 @@ from .gate_up import gate_up_kernel
 from .hooked import (
     GpuBatch,
     HookedBackend,
+    check_tables,
     combine,
     gemm_flags,
     grid_size,
     grouped_gemm,
+    rows_of_x,
     weight_tiles,
 )
 from .launch import cdiv
@@ -36,6 +38,7 @@ class FusedBackend(HookedBackend):
         if hooks:  # they want to see the products before the activation
             return super().first_half(x, weights, batch, lora, hooks)
         rows, tile, clamped = batch.rows, batch.tiles.gate_up, weights.clamped
+        x = rows_of_x(x, rows)
         hidden, intermediate = weights.hidden, weights.intermediate
         a = x.new_empty(rows.max_blocks * rows.block_size, intermediate)
         tiles_n = cdiv(intermediate, tile.block_n)
@@ -44,7 +47,7 @@ class FusedBackend(HookedBackend):
             return a
         shrunk = None
         if lora is not None:
-            lora.check(rows.num_experts, x.device)
+            check_tables(lora, rows, x.device)
             shared_bit = SHARED_A13 if lora.shared_outer else 0
             shrunk = shrink_gate_up(
                 x, intermediate, rows, lora, batch.tiles.shrink_gate_up, shared_bit
@@ -76,7 +79,7 @@ class FusedBackend(HookedBackend):
     ) -> torch.Tensor:
         if hooks:
             return super().second_half(a, weights, topk_weights, topk_ids, batch, lora, hooks)
-        rows = batch.rows
+        rows, topk_ids, topk_weights = batch.rows, batch.topk_ids, topk_weights.contiguous()
         shrunk = None
         if lora is not None and rows.max_blocks:
             shared_bit = SHARED_B2 if lora.shared_outer else 0

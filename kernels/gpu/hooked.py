@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..aligned import AlignedBatch
-from ..checks import check_token_slot, check_topk_ids
+from ..checks import check, check_contiguous, check_token_slot, check_topk_ids
 from ..lora_batch import LoraBatch
 from ..lora_tables import ExpertLoraTables
 from ..moe_weights import MoeWeights
@@ -71,6 +71,9 @@ class HookedBackend(MoeBackend):
         self, topk_ids: torch.Tensor, lora_batch: LoraBatch | None, weights: MoeWeights
     ) -> GpuBatch:
         check_topk_ids(topk_ids, weights.num_experts)
+        for name in ("w13", "w2", "w13_bias", "w2_bias"):
+            check_contiguous(name, getattr(weights, name))
+        topk_ids = topk_ids.contiguous()
         num_tokens, top_k = topk_ids.shape
         if lora_batch is not None:
             check_token_slot(lora_batch.token_slot, num_tokens, topk_ids.device)
@@ -87,6 +90,7 @@ class HookedBackend(MoeBackend):
 
     def gate_up(self, x: torch.Tensor, weights: MoeWeights, batch: GpuBatch) -> torch.Tensor:
         rows = batch.rows
+        x = rows_of_x(x, rows)
         h = x.new_empty(rows.max_blocks * rows.block_size, weights.w13.shape[1])
         tile = batch.tiles.gate_up
         grouped_gemm(x, weights.w13, weights.w13_bias, h, rows, tile, by_token=True)
@@ -95,7 +99,8 @@ class HookedBackend(MoeBackend):
     def lora_gate_up_(
         self, h: torch.Tensor, x: torch.Tensor, batch: GpuBatch, tables: ExpertLoraTables
     ) -> None:
-        tables.check(batch.rows.num_experts, x.device)
+        check_tables(tables, batch.rows, x.device)
+        x = rows_of_x(x, batch.rows)
         half = h.shape[1] // 2
         shrunk = shrink_gate_up(x, half, batch.rows, tables, batch.tiles.shrink_gate_up)
         expand_(h, shrunk, batch.rows, (half, half), by_token=False)
@@ -123,7 +128,7 @@ class HookedBackend(MoeBackend):
     def lora_down_(
         self, y: torch.Tensor, a: torch.Tensor, batch: GpuBatch, tables: ExpertLoraTables
     ) -> None:
-        tables.check(batch.rows.num_experts, a.device)
+        check_tables(tables, batch.rows, a.device)
         shrunk = shrink_down(a, batch.rows, tables, batch.tiles.shrink_down)
         expand_(y, shrunk, batch.rows, (y.shape[1],), by_token=False)
 
@@ -134,7 +139,22 @@ class HookedBackend(MoeBackend):
         topk_ids: torch.Tensor,
         batch: GpuBatch,
     ) -> torch.Tensor:
-        return combine(y, topk_ids, batch.rows, batch.row_of_pair, topk_weights)
+        weights = topk_weights.contiguous()
+        return combine(y, batch.topk_ids, batch.rows, batch.row_of_pair, weights)
+
+
+def rows_of_x(x: torch.Tensor, rows: AlignedBatch) -> torch.Tensor:
+    """x [T, H] with each row's elements side by side."""
+    check("x", x, shape=(rows.num_tokens, None))
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def check_tables(tables: ExpertLoraTables, rows: AlignedBatch, device: torch.device) -> None:
+    """Raise ValueError, naming the table, unless the kernels read it right."""
+    tables.check(rows.num_experts, device)
+    for name in ("pool", "offset_a13", "offset_b13", "offset_a2", "offset_b2", "rank", "scale"):
+        check_contiguous(f"tables.{name}", getattr(tables, name))
+    check_contiguous("tables.layout", tables.layout)
 
 
 def grouped_gemm(

@@ -60,7 +60,7 @@ def test_a_bad_row_stays_alone():
     assert bool(after[31].isnan().all())
 
 
-@pytest.mark.parametrize("factor", ["a13", "b13", "a2", "b2"])
+@pytest.mark.parametrize("factor", ["a13", "a2"])
 def test_a_poisoned_adapter_reaches_its_own_tokens_only(factor):
     layer = random_layer(Case(100, 4, 16, 8, 16, torch.bfloat16))
     tables = layer.tables

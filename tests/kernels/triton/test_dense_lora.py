@@ -150,12 +150,13 @@ def test_column_parallel_parts_are_the_wholes_columns():
 
 
 def test_a_poisoned_adapter_reaches_its_own_tokens_only():
+    """By its A, which no other adapter's rows are multiplied with. B is taken as finite."""
     tables = random_dense_tables(10, 3, 16, (8,), ranks=(4,), absent=0.0)
     x, token_slot = torch.randn(9, 16), torch.arange(9, dtype=torch.int32) % 3
     before = add(torch.zeros(9, 8), x, tables, token_slot)
-    for offsets in (tables.offset_a, tables.offset_b):
-        spoilt: DenseLoraTables = replace(tables, pool=tables.pool.clone())
-        spoilt.pool[int(offsets[1, 0]) : int(offsets[1, 0]) + 8 * 4] = torch.nan
-        after = add(torch.zeros(9, 8), x, spoilt, token_slot)
-        assert torch.equal(after[token_slot != 1], before[token_slot != 1])
-        assert not torch.equal(after[token_slot == 1], before[token_slot == 1])
+    spoilt: DenseLoraTables = replace(tables, pool=tables.pool.clone())
+    offset = int(tables.offset_a[1, 0])
+    spoilt.pool[offset : offset + 8 * 4] = torch.nan
+    after = add(torch.zeros(9, 8), x, spoilt, token_slot)
+    assert torch.equal(after[token_slot != 1], before[token_slot != 1])
+    assert not torch.equal(after[token_slot == 1], before[token_slot == 1])

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from loraplex.kernels import ExpertLoraTables, LoraBatch, fused_moe
+from loraplex.kernels import ExpertLoraTables, LoraBatch, MoeRunner, fused_moe
 from loraplex.kernels.gpu import FusedBackend, HookedBackend, lora_linear_
 
 from .. import wrong_input
@@ -50,6 +50,13 @@ def test_layers(layer, backend, name, change, message):
 def test_expert_tables(layer, backend, name, change, message):
     with pytest.raises(ValueError, match=message):
         run(wrong_input.changed_tables(layer, name, change), backend)
+
+
+@pytest.mark.parametrize("backend", [FusedBackend, HookedBackend])
+def test_a_runner_reads_no_rows_that_x_has_not(layer, backend):
+    """An engine calls the runner itself, without `fused_moe` and its checks."""
+    with pytest.raises(ValueError, match=r"x must have shape \[20, any\], got \[4, 40\]"):
+        MoeRunner(backend(tiles()))(layer.x[:4], layer.weights, layer.topk_weights, layer.topk_ids)
 
 
 @pytest.mark.parametrize("like", LAYOUTS)

@@ -42,7 +42,7 @@ DTYPES = st.sampled_from(list(TOLERANCE))
 ID_DTYPES = st.sampled_from([torch.int32, torch.int64])
 
 
-@examples(50)
+@examples(60)
 @given(data=st.data(), dtype=DTYPES, id_dtype=ID_DTYPES, cut=TILES, top_k=st.integers(1, 3))
 def test_any_batch_gives_what_the_reference_says(data, dtype, id_dtype, cut, top_k):
     shape = data.draw(st.fixed_dictionaries(LAYERS))
