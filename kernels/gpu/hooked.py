@@ -7,7 +7,7 @@ intermediate.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 import triton
@@ -242,8 +242,12 @@ def grid_size(tiles: int, tile: GemmTile, device: torch.device) -> int:
     """Programs of a grouped GEMM of at most `tiles` tiles."""
     if tile.persistent == 0 or device.type != "cuda":
         return tiles
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(tiles, tile.persistent * processors)
+    return min(tiles, tile.persistent * _processors(device))
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit

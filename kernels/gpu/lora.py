@@ -158,9 +158,13 @@ def lora_linear_(
             f"tables.out_sizes must have at most {MAX_PROJECTIONS} projections, "
             f"got {len(tables.out_sizes)}"
         )
+    if out.shape[1] > 1 and out.stride(1) != 1:
+        raise ValueError(f"out must have its columns side by side, got strides {out.stride()}")
     num_tokens = x.shape[0]
     if num_tokens == 0:
         return
+    if x.stride(1) != 1:
+        x = x.contiguous()
     block_size, tile = _dense_tile(num_tokens, x.shape[1])
     batch = token_blocks(lora_batch, block_size)
     offsets = (tables.offset_a, tables.offset_b)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -143,6 +143,7 @@ def to_json(tiles: MoeTiles) -> dict:
     return asdict(tiles)
 
 
+@cache
 def device_name(device: torch.device) -> str:
     if device.type != "cuda":
         return "interpreter"

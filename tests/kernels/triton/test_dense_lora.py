@@ -160,3 +160,12 @@ def test_a_poisoned_adapter_reaches_its_own_tokens_only():
     after = add(torch.zeros(9, 8), x, spoilt, token_slot)
     assert torch.equal(after[token_slot != 1], before[token_slot != 1])
     assert not torch.equal(after[token_slot == 1], before[token_slot == 1])
+
+
+def test_an_input_whose_columns_lie_apart():
+    tables = random_dense_tables(12, 2, 16, (8,), ranks=(4,), absent=0.0)
+    x, token_slot = torch.randn(6, 16), torch.arange(6, dtype=torch.int32) % 2
+    out = add(torch.zeros(6, 8), laid_out(x, "every other element"), tables, token_slot)
+    assert_close(out, lora_linear_reference(x, tables, token_slot))
+    with pytest.raises(ValueError, match="out must have its columns side by side"):
+        add(laid_out(torch.zeros(6, 8), "every other element"), x, tables, token_slot)
