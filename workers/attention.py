@@ -2,12 +2,16 @@
 
 Sequences of similar shape (new tokens, context blocks; both rounded up to powers of two) are
 padded together and go through one scaled_dot_product_attention each.
+
+One form serves all families: grouped queries; a window of the last tokens; a learned sink per
+head, which takes its share of the softmax and gives nothing; and a cache whose values are the first
+columns of its keys, which is multi-head latent attention over its compressed cache.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +27,22 @@ class _Bucket:
     out_index: torch.Tensor | None  # int64 [valid], rows of [B * Q] that aren't padding; None: all
     out_rows: torch.Tensor  # int64 [valid], rows of the batch they belong to
     blocks: torch.Tensor  # int64 [B * N]
-    mask: torch.Tensor  # bool [B, 1, G * Q, S], True where a query may look
+    query_positions: torch.Tensor  # int64 [B, Q]
     shape: tuple[int, int, int]  # B, Q, N
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window
+
+    def mask(self, window: int | None, group_heads: int, keys: int) -> torch.Tensor:
+        """bool [B, 1, G * Q, S], True where a query may look."""
+        if window not in self.masks:
+            b, q, _ = self.shape
+            query = self.query_positions[:, :, None]
+            key = torch.arange(keys, device=query.device)
+            mask = key <= query
+            if window is not None:
+                mask &= key > query - window
+            mask = mask[:, None, None].expand(b, 1, group_heads, q, keys)
+            self.masks[window] = mask.reshape(b, 1, group_heads * q, keys)
+        return self.masks[window]
 
 
 @dataclass
@@ -40,13 +58,12 @@ def _pow2(n: int) -> int:
 
 
 def plan_attention(
-    sequences: list[SequenceStep], block_size: int, group_heads: int, device: torch.device
+    sequences: list[SequenceStep], block_size: int, device: torch.device
 ) -> AttentionBatch:
     """Lays out one step's attention.
 
     Args:
         sequences: in batch order; their rows follow each other.
-        group_heads: query heads per KV head (G).
     """
     write: list[torch.Tensor] = []
     by_shape: dict[tuple[int, int], list[tuple[int, SequenceStep]]] = defaultdict(list)
@@ -59,10 +76,7 @@ def plan_attention(
         used_blocks = -(-(start + n) // block_size)
         by_shape[_pow2(n), _pow2(used_blocks)].append((row, seq))
         row += n
-    buckets = [
-        _bucket(members, q, nb, block_size, group_heads, device)
-        for (q, nb), members in by_shape.items()
-    ]
+    buckets = [_bucket(members, q, nb, device) for (q, nb), members in by_shape.items()]
     return AttentionBatch(torch.cat(write).to(device), buckets)
 
 
@@ -70,8 +84,6 @@ def _bucket(
     members: list[tuple[int, SequenceStep]],
     q: int,
     nb: int,
-    block_size: int,
-    group_heads: int,
     device: torch.device,
 ) -> _Bucket:
     b = len(members)
@@ -82,9 +94,6 @@ def _bucket(
     rows = first + torch.minimum(i, n - 1)  # [B, Q]
     q_pos = start + torch.minimum(i, n - 1)
     padded = [(s.blocks[:nb] + [0] * nb)[:nb] for _, s in members]
-    key_pos = torch.arange(nb * block_size)
-    mask = key_pos[None, None, :] <= q_pos[:, :, None]  # [B, Q, S]
-    mask = mask[:, None, None].expand(b, 1, group_heads, q, nb * block_size)
     valid = (i < n).reshape(-1)
     whole = bool(valid.all())
     flat = rows.reshape(-1)
@@ -93,13 +102,16 @@ def _bucket(
         out_index=None if whole else valid.nonzero()[:, 0].to(device),
         out_rows=(flat if whole else flat[valid]).to(device),
         blocks=torch.tensor(padded).reshape(-1).to(device),
-        mask=mask.reshape(b, 1, group_heads * q, nb * block_size).to(device),
+        query_positions=q_pos.to(device),
         shape=(b, q, nb),
     )
 
 
 class PagedKVCache:
-    """Keys and values of all layers: [L, blocks, block_size, KVH, D] each."""
+    """Keys [L, blocks, block_size, KVH, D] of all layers and values [..., DV].
+
+    With `latent` there is one KV head, and its values are the first DV columns of its keys.
+    """
 
     def __init__(
         self,
@@ -110,11 +122,23 @@ class PagedKVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        value_dim: int | None = None,
+        latent: bool = False,
     ):
-        shape = (layers, blocks, block_size, kv_heads, head_dim)
+        """
+        Args:
+            head_dim: D of queries and keys.
+            value_dim: DV; head_dim when None.
+        """
+        shape = (layers, blocks, block_size, kv_heads)
+        self.value_dim = value_dim or head_dim
+        self.latent = latent
         # Zeros, not empty: padded keys are masked, but 0 * NaN of old memory would still be NaN.
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+        if latent:
+            self.v = self.k[..., : self.value_dim]
+        else:
+            self.v = torch.zeros(*shape, self.value_dim, dtype=dtype, device=device)
 
     def clear(self) -> None:
         self.k.zero_()
@@ -125,28 +149,39 @@ class PagedKVCache:
         layer: int,
         q: torch.Tensor,
         k: torch.Tensor,
-        v: torch.Tensor,
+        v: torch.Tensor | None,
         batch: AttentionBatch,
+        scale: float | None = None,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Writes k and v to the cache, then attends.
 
         Args:
-            q: [T, H, D] with rope applied; k, v: [T, KVH, D].
+            q: [T, H, D] with rope applied; k: [T, KVH, D]; v: [T, KVH, DV], None with `latent`.
+            scale: of q k^T; 1 / sqrt(D) when None.
+            window: a token sees itself and the window - 1 before it; None: all before it.
+            sinks: [H], logits that take part in the softmax of each head and add nothing.
 
         Returns:
-            [T, H * D]
+            [T, H * DV]
         """
         t, heads, d = q.shape
-        kv_heads = k.shape[1]
+        kv_heads, dv = k.shape[1], self.value_dim
         g = heads // kv_heads
         k_cache, v_cache = self.k[layer], self.v[layer]
         k_cache.view(-1, kv_heads, d).index_copy_(0, batch.write_slots, k)
-        v_cache.view(-1, kv_heads, d).index_copy_(0, batch.write_slots, v)
-        out = torch.empty(t, heads * d, dtype=q.dtype, device=q.device)
+        if v is not None:
+            v_cache.view(-1, kv_heads, dv).index_copy_(0, batch.write_slots, v)
+        out = torch.empty(t, heads * dv, dtype=q.dtype, device=q.device)
         for bucket in batch.buckets:
             b, n, _ = bucket.shape
             keys = k_cache.index_select(0, bucket.blocks).view(b, -1, kv_heads, d).transpose(1, 2)
-            values = v_cache.index_select(0, bucket.blocks).view(b, -1, kv_heads, d).transpose(1, 2)
+            if self.latent:
+                values = keys[..., :dv]
+            else:
+                values = v_cache.index_select(0, bucket.blocks)
+                values = values.view(b, -1, kv_heads, dv).transpose(1, 2)
             # The G query heads of a KV head become queries of it: [B, KVH, G * Q, D].
             queries = (
                 q.index_select(0, bucket.rows)
@@ -154,9 +189,27 @@ class PagedKVCache:
                 .permute(0, 2, 3, 1, 4)
                 .reshape(b, kv_heads, g * n, d)
             )
-            o = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bucket.mask)
-            o = o.view(b, kv_heads, g, n, d).permute(0, 3, 1, 2, 4).reshape(b * n, heads * d)
+            mask = bucket.mask(window, g, keys.shape[2])
+            if sinks is not None:
+                keys, values, mask = _with_sinks(keys, values, mask, sinks, n)
+            o = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+            o = o.view(b, kv_heads, g, n, dv).permute(0, 3, 1, 2, 4).reshape(b * n, heads * dv)
             if bucket.out_index is not None:
                 o = o.index_select(0, bucket.out_index)
             out.index_copy_(0, bucket.out_rows, o)
         return out
+
+
+def _with_sinks(
+    keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, sinks: torch.Tensor, n: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A key of zeros in front, whose logit is its head's sink and whose value is zero.
+
+    keys and values [B, KVH, S, D], mask bool [B, 1, G * Q, S], sinks [KVH * G]; n is Q.
+    """
+    b, kv_heads, length, _ = keys.shape
+    of_query = sinks.view(kv_heads, -1).repeat_interleave(n, dim=1)  # [KVH, G * Q]
+    bias = torch.zeros(mask.shape, dtype=keys.dtype, device=keys.device)
+    bias = bias.masked_fill(~mask, float("-inf")).expand(b, kv_heads, -1, length)
+    sink_bias = of_query.to(keys.dtype)[None, :, :, None].expand(b, -1, -1, 1)
+    return F.pad(keys, (0, 0, 1, 0)), F.pad(values, (0, 0, 1, 0)), torch.cat([sink_bias, bias], -1)

@@ -34,7 +34,6 @@ class ModelRunner:
         self.dtype = getattr(torch, config.dtype)
         self._config, self._comm = config, comm
         shard = Shard(model, comm.rank, comm.size)
-        self._group_heads = shard.heads // shard.kv_heads
         self.kv_blocks = config.kv_tokens // config.block_size
         self.cache = PagedKVCache(
             model.num_layers,
@@ -136,7 +135,7 @@ class ModelRunner:
         hidden = self.model.forward(
             ids,
             positions.to(self.device),
-            plan_attention(seqs, self._config.block_size, self._group_heads, self.device),
+            plan_attention(seqs, self._config.block_size, self.device),
             self.cache,
             self.pool,
             lora,
