@@ -8,16 +8,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .expand import add_group, add_groups, group_ahead
+from .expand import GROUP, add_groups, read_groups, read_list
 from .launch import pdl_launch_dependents, pdl_wait
-from .shrink import GROUP
 
 
 @triton.jit
 def _tile(
     x, w, bias, weights, out, sorted_pairs, expert, block, first_row, end_row, n0,
-    pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end, list_length,
-    s_stride, split_stride,
+    pool, s, group_count, groups, row_groups, list_length, part_rows, s_stride, split_stride,
     inner, columns, top_k, x_stride, out_stride, w_tiles,
     BY_TOKEN: tl.constexpr, TO_PAIR: tl.constexpr, LORA: tl.constexpr, ALIGNED: tl.constexpr,
     SPLITS: tl.constexpr, EK: tl.constexpr, AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
@@ -36,10 +34,9 @@ def _tile(
         source = pair // top_k
     x_row = x + source.to(tl.int64)[:, None] * x_stride
     w_row = w + (expert * columns + n)[None, :] * inner
-    groups = (group_b, group_rank, group_nth, group_first, group_end, list_length)
+    lists = (group_count, groups, row_groups, list_length, part_rows)
     if AHEAD:
-        count = tl.load(group_count + block)
-        ahead = group_ahead(block, count, *groups)
+        count, first, end, ga, gb, gc, gd = read_list(row, block, 0, *lists, EK)
     acc = tl.zeros([ROWS, BN], tl.float32)
     for k0 in range(0, inner, BK):
         k = k0 + k_in_tile
@@ -56,17 +53,17 @@ def _tile(
             ws = tl.load(w_row + k[:, None], mask=inside, other=0.0)
         acc = tl.dot(xs, ws, acc, input_precision="ieee")
     if LORA:
-        dtype = x.dtype.element_ty
-        rest = (pool, n, columns, s_stride, split_stride)
-        if AHEAD:
-            acc = add_group(acc, s, row, 0, *ahead, *rest, ALIGNED, SPLITS, dtype)
-        else:
+        if not AHEAD:
             pdl_wait(PDL)
-            count = tl.load(group_count + block)
-        for nth in tl.range(1 if AHEAD else 0, count, EK // GROUP, num_stages=EXPAND_STAGES):
+            count, first, end, ga, gb, gc, gd = read_list(row, block, 0, *lists, EK)
+        STEP: tl.constexpr = EK // GROUP
+        for nth in tl.range(0, count, STEP, num_stages=EXPAND_STAGES):
+            following = read_groups(groups + block * list_length, nth + STEP, count, EK)
             acc = add_groups(
-                acc, s, row, block, count, nth, 0, *groups, *rest, ALIGNED, SPLITS, EK, dtype
-            )
+                acc, s, row, 0, first, end, nth, ga, gb, gc, gd,
+                pool, n, columns, s_stride, split_stride, ALIGNED, SPLITS, EK, x.dtype.element_ty,
+            )  # fmt: skip
+            ga, gb, gc, gd = following
     if BIAS:
         added = tl.load(bias + expert * columns + n, mask=n < columns, other=0.0)
         acc += added.to(tl.float32)[None, :]
@@ -83,8 +80,7 @@ def _tile(
 def grouped_gemm_kernel(
     x, w, bias, weights, out,
     sorted_pairs, block_expert, block_end, num_blocks,
-    pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end, list_length,
-    s_stride, split_stride,
+    pool, s, group_count, groups, row_groups, list_length, part_rows, s_stride, split_stride,
     inner, columns, top_k, x_stride, out_stride, w_tiles,
     BY_TOKEN: tl.constexpr, TO_PAIR: tl.constexpr, LORA: tl.constexpr, ALIGNED: tl.constexpr,
     SPLITS: tl.constexpr, EK: tl.constexpr, AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
@@ -111,8 +107,8 @@ def grouped_gemm_kernel(
         if SHORT and end_row - block * BM <= BM // 2:
             _tile(
                 x, w, bias, weights, out, sorted_pairs, expert, block, block * BM, end_row, n0,
-                pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end,
-                list_length, s_stride, split_stride,
+                pool, s, group_count, groups, row_groups, list_length, part_rows,
+                s_stride, split_stride,
                 inner, columns, top_k, x_stride, out_stride, w_tiles,
                 BY_TOKEN, TO_PAIR, LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES,
                 BIAS, EVEN, TMA, BM // 2, BN, BK, PDL,
@@ -120,8 +116,8 @@ def grouped_gemm_kernel(
         else:
             _tile(
                 x, w, bias, weights, out, sorted_pairs, expert, block, block * BM, end_row, n0,
-                pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end,
-                list_length, s_stride, split_stride,
+                pool, s, group_count, groups, row_groups, list_length, part_rows,
+                s_stride, split_stride,
                 inner, columns, top_k, x_stride, out_stride, w_tiles,
                 BY_TOKEN, TO_PAIR, LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES,
                 BIAS, EVEN, TMA, BM, BN, BK, PDL,

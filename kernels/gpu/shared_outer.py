@@ -15,9 +15,10 @@ import triton.language as tl
 from ..aligned import AlignedBatch
 from ..lora_batch import LoraBatch
 from ..lora_tables import FUSED_GATE_UP, SHARED_A13, SHARED_B2, ExpertLoraTables
+from .expand import GROUP
 from .launch import USE_PDL, cdiv, next_power_of_2, pdl_launch_dependents, pdl_wait
 from .lora import TRITON_TYPES, Shrunk, token_blocks
-from .shrink import GROUP, run_rows
+from .shrink import run_rows
 
 _BLOCK = 16  # tokens of a block
 

@@ -39,8 +39,8 @@ SHAPES = {
 TOKENS = (1, 8, 32, 64, 256, 1024, 8192)
 # Ranks at a time, pipeline stages, whether the first group is looked up ahead.
 EXPANDS = (
-    (16, 3, False), (32, 1, False), (64, 1, False), (64, 3, False), (16, 3, True), (32, 1, True),
-    (64, 1, True), (64, 3, True), (128, 1, True),
+    (16, 3, False), (32, 2, False), (32, 3, False), (64, 1, False), (64, 2, False), (64, 3, False),
+    (16, 3, True), (32, 3, True), (64, 1, True), (64, 3, True),
 )  # fmt: skip
 
 
