@@ -16,12 +16,12 @@ from .launch import pdl_launch_dependents, pdl_wait
 def _tile(
     x, w, bias, weights, out, sorted_pairs, expert, block, first_row, end_row, n0,
     pool, s, group_count, groups, row_groups, list_length, part_rows, s_stride, split_stride,
-    inner, columns, top_k, x_stride, out_stride, w_tiles,
+    inner, columns, top_k, x_stride, out_stride, x_tiles, w_tiles,
     BY_TOKEN: tl.constexpr, TO_PAIR: tl.constexpr, LORA: tl.constexpr, ALIGNED: tl.constexpr,
     SPLITS: tl.constexpr, EK: tl.constexpr, AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     BIAS: tl.constexpr, EVEN: tl.constexpr,
-    TMA: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PDL: tl.constexpr,
+    TMA: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows from `first_row`, BN columns from `n0`."""
     n = n0 + tl.arange(0, BN)
@@ -29,6 +29,10 @@ def _tile(
     row = first_row + tl.arange(0, ROWS)
     here = row < end_row
     source = row
+    target = row
+    if TO_PAIR:  # read ahead of the product, at whose end they would be waited for
+        target = tl.load(sorted_pairs + row, mask=here, other=0, cache_modifier=".cg")
+        weight = tl.load(weights + target, mask=here, other=0.0).to(tl.float32)
     if BY_TOKEN:
         pair = tl.load(sorted_pairs + row, mask=here, other=0, cache_modifier=".cg")
         source = pair // top_k
@@ -41,7 +45,10 @@ def _tile(
     for k0 in range(0, inner, BK):
         k = k0 + k_in_tile
         if TMA:
-            xs = tl.load(x_row + k[None, :], mask=here[:, None], other=0.0)
+            if BY_TOKEN or ROWS != BM:
+                xs = tl.load(x_row + k[None, :], mask=here[:, None], other=0.0)
+            else:  # rows beyond the block's end hold anything, and aren't written
+                xs = x_tiles.load([first_row, k0])
             ws = w_tiles.load([(expert * columns).to(tl.int32) + n0, k0]).T
         elif EVEN:
             xs = tl.load(x_row + k[None, :], mask=here[:, None], other=0.0)
@@ -57,20 +64,29 @@ def _tile(
             pdl_wait(PDL)
             count, first, end, ga, gb, gc, gd = read_list(row, block, 0, *lists, EK)
         STEP: tl.constexpr = EK // GROUP
-        for nth in tl.range(0, count, STEP, num_stages=EXPAND_STAGES):
-            following = read_groups(groups + block * list_length, nth + STEP, count, EK)
-            acc = add_groups(
-                acc, s, row, 0, first, end, nth, ga, gb, gc, gd,
-                pool, n, columns, s_stride, split_stride, ALIGNED, SPLITS, EK, x.dtype.element_ty,
-            )  # fmt: skip
-            ga, gb, gc, gd = following
+        if FLATTEN:  # which takes no second loop of a known length
+            nth = 0
+            while nth < count:
+                acc = add_groups(
+                    acc, s, row, 0, first, end, nth, ga, gb, gc, gd,
+                    pool, n, columns, s_stride, split_stride, ALIGNED, SPLITS, EK,
+                    x.dtype.element_ty,
+                )  # fmt: skip
+                nth += STEP
+                ga, gb, gc, gd = read_groups(groups + block * list_length, nth, count, EK)
+        else:
+            for nth in tl.range(0, count, STEP, num_stages=EXPAND_STAGES):
+                following = read_groups(groups + block * list_length, nth + STEP, count, EK)
+                acc = add_groups(
+                    acc, s, row, 0, first, end, nth, ga, gb, gc, gd,
+                    pool, n, columns, s_stride, split_stride, ALIGNED, SPLITS, EK,
+                    x.dtype.element_ty,
+                )  # fmt: skip
+                ga, gb, gc, gd = following
     if BIAS:
         added = tl.load(bias + expert * columns + n, mask=n < columns, other=0.0)
         acc += added.to(tl.float32)[None, :]
-    target = row
     if TO_PAIR:
-        target = tl.load(sorted_pairs + row, mask=here, other=0, cache_modifier=".cg")
-        weight = tl.load(weights + target, mask=here, other=0.0).to(tl.float32)
         acc *= weight[:, None]
     place = out + target.to(tl.int64)[:, None] * out_stride + n[None, :]
     tl.store(place, acc.to(out.dtype.element_ty), mask=here[:, None] & (n < columns)[None, :])
@@ -81,12 +97,12 @@ def grouped_gemm_kernel(
     x, w, bias, weights, out,
     sorted_pairs, block_expert, block_end, num_blocks,
     pool, s, group_count, groups, row_groups, list_length, part_rows, s_stride, split_stride,
-    inner, columns, top_k, x_stride, out_stride, w_tiles,
+    inner, columns, top_k, x_stride, out_stride, x_tiles, w_tiles,
     BY_TOKEN: tl.constexpr, TO_PAIR: tl.constexpr, LORA: tl.constexpr, ALIGNED: tl.constexpr,
     SPLITS: tl.constexpr, EK: tl.constexpr, AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     BIAS: tl.constexpr, EVEN: tl.constexpr,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SHORT: tl.constexpr, PDL: tl.constexpr,
+    SHORT: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [rows or pairs, N]; w [E, N, inner].
 
@@ -99,7 +115,7 @@ def grouped_gemm_kernel(
         pdl_launch_dependents(PDL)
     tiles_n = tl.cdiv(columns, BN)
     tiles = tl.load(num_blocks, cache_modifier=".cg") * tiles_n
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         block = tile // tiles_n
         n0 = tile % tiles_n * BN
         expert = tl.load(block_expert + block, cache_modifier=".cg").to(tl.int64)
@@ -109,18 +125,18 @@ def grouped_gemm_kernel(
                 x, w, bias, weights, out, sorted_pairs, expert, block, block * BM, end_row, n0,
                 pool, s, group_count, groups, row_groups, list_length, part_rows,
                 s_stride, split_stride,
-                inner, columns, top_k, x_stride, out_stride, w_tiles,
+                inner, columns, top_k, x_stride, out_stride, x_tiles, w_tiles,
                 BY_TOKEN, TO_PAIR, LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES,
-                BIAS, EVEN, TMA, BM // 2, BN, BK, PDL,
+                BIAS, EVEN, TMA, BM, BM // 2, BN, BK, FLATTEN, PDL,
             )  # fmt: skip
         else:
             _tile(
                 x, w, bias, weights, out, sorted_pairs, expert, block, block * BM, end_row, n0,
                 pool, s, group_count, groups, row_groups, list_length, part_rows,
                 s_stride, split_stride,
-                inner, columns, top_k, x_stride, out_stride, w_tiles,
+                inner, columns, top_k, x_stride, out_stride, x_tiles, w_tiles,
                 BY_TOKEN, TO_PAIR, LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES,
-                BIAS, EVEN, TMA, BM, BN, BK, PDL,
+                BIAS, EVEN, TMA, BM, BM, BN, BK, FLATTEN, PDL,
             )  # fmt: skip
     if LORA and not AHEAD:
         pdl_wait(PDL)  # also programs that found no tile

@@ -181,7 +181,8 @@ def grouped_gemm(
     grouped_gemm_kernel[grid](
         x, w, x if bias is None else bias, x if topk_weights is None else topk_weights, out,
         *batch_args(rows), *expand_args(shrunk, rows.num_blocks),
-        inner, columns, rows.top_k, x.stride(0), out.stride(0), weight_tiles(w, tile),
+        inner, columns, rows.top_k, x.stride(0), out.stride(0),
+        0 if by_token else row_tiles(x, tile, rows.block_size), weight_tiles(w, tile),
         BY_TOKEN=by_token, TO_PAIR=topk_weights is not None, **expand_flags(shrunk, tile),
         BIAS=bias is not None, **gemm_flags(tile, rows, inner, columns),
     )  # fmt: skip
@@ -199,6 +200,13 @@ def weight_tiles(w: torch.Tensor, tile: GemmTile) -> TensorDescriptor | int:
     return TensorDescriptor.from_tensor(w.flatten(0, 1), [tile.block_n, tile.block_k])
 
 
+def row_tiles(x: torch.Tensor, tile: GemmTile, block_m: int) -> TensorDescriptor | int:
+    """x [rows, inner] for the copy engine, by blocks."""
+    if not uses_tma(tile, x.shape[1]):
+        return 0
+    return TensorDescriptor.from_tensor(x, [block_m, tile.block_k])
+
+
 def gemm_flags(tile: GemmTile, rows: AlignedBatch, inner: int, columns: int) -> dict:
     """A grouped GEMM's compile-time sizes and launch options."""
     return {
@@ -208,6 +216,7 @@ def gemm_flags(tile: GemmTile, rows: AlignedBatch, inner: int, columns: int) -> 
         "BN": tile.block_n,
         "BK": tile.block_k,
         "SHORT": tile.short and rows.block_size >= 64,
+        "FLATTEN": tile.persistent > 0,
         "PDL": USE_PDL,
         "num_warps": tile.warps,
         "num_stages": tile.stages,

@@ -96,18 +96,18 @@ def shrink_kernel(
             if KIND == DOWN and SHARED_BIT != 0:
                 bits = tl.load(layout + slot, mask=present, other=0)
                 present &= (bits & SHARED_BIT) == 0
-            lists = (group_count, groups, row_groups, list_length, part_rows, BM)
+            lists = (group_count, groups, row_groups, list_length, part_rows)
             if KIND == GATE_UP:
                 gate = tl.load(ranks + entry * 3, mask=present, other=0)
                 up = tl.load(ranks + entry * 3 + 1, mask=present, other=0)
                 up_b = b + gate.to(tl.int64) * out_size
-                _list_part(block * 2, 0, block, first, end, b, gate, *lists)
-                _list_part(block * 2 + 1, 1, block, first, end, up_b, up, *lists)
+                _list_part(block * 2, 0, block, first, end, b, gate, *lists, BM)
+                _list_part(block * 2 + 1, 1, block, first, end, up_b, up, *lists, BM)
             else:
                 entry_rank = entry * 3 + 2 if KIND == DOWN else entry
                 rank = tl.load(ranks + entry_rank, mask=present, other=0)
                 list_id = block * tl.num_programs(1) + projection
-                _list_part(list_id, projection, block, first, end, b, rank, *lists)
+                _list_part(list_id, projection, block, first, end, b, rank, *lists, BM)
         return
 
     part = tl.cdiv(inner, SPLITS * BK) * BK
