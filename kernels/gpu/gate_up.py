@@ -33,8 +33,7 @@ def _gate_up_tile(
     LORA: tl.constexpr, ALIGNED: tl.constexpr, SPLITS: tl.constexpr, EK: tl.constexpr,
     AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     BIAS: tl.constexpr, CLAMPED: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
-    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FLATTEN: tl.constexpr,
-    PDL: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows from `first_row`, BN columns from `n0`."""
     n = n0 + tl.arange(0, BN)
@@ -82,36 +81,19 @@ def _gate_up_tile(
         up_list = gate_list + list_length
         STEP: tl.constexpr = EK // GROUP
         dtype = x.dtype.element_ty
-        if FLATTEN:  # which takes no second loop of a known length
-            nth = 0
-            while nth < tl.maximum(gate_count, up_count):
-                gate = add_groups(
-                    gate, s, row, 0, gate_first, gate_end, nth, ga, gb, gc, gd,
-                    pool, n, intermediate, s_stride, split_stride, ALIGNED, SPLITS, EK, dtype,
-                )  # fmt: skip
-                up = add_groups(
-                    up, s, row, part_stride, up_first, up_end, nth, ua, ub, uc, ud,
-                    pool, n, intermediate, s_stride, split_stride, ALIGNED, SPLITS, EK, dtype,
-                )  # fmt: skip
-                nth += STEP
-                ga, gb, gc, gd = read_groups(gate_list, nth, gate_count, EK)
-                ua, ub, uc, ud = read_groups(up_list, nth, up_count, EK)
-        else:
-            for nth in tl.range(
-                0, tl.maximum(gate_count, up_count), STEP, num_stages=EXPAND_STAGES
-            ):
-                next_gate = read_groups(gate_list, nth + STEP, gate_count, EK)
-                next_up = read_groups(up_list, nth + STEP, up_count, EK)
-                gate = add_groups(
-                    gate, s, row, 0, gate_first, gate_end, nth, ga, gb, gc, gd,
-                    pool, n, intermediate, s_stride, split_stride, ALIGNED, SPLITS, EK, dtype,
-                )  # fmt: skip
-                up = add_groups(
-                    up, s, row, part_stride, up_first, up_end, nth, ua, ub, uc, ud,
-                    pool, n, intermediate, s_stride, split_stride, ALIGNED, SPLITS, EK, dtype,
-                )  # fmt: skip
-                ga, gb, gc, gd = next_gate
-                ua, ub, uc, ud = next_up
+        for nth in tl.range(0, tl.maximum(gate_count, up_count), STEP, num_stages=EXPAND_STAGES):
+            next_gate = read_groups(gate_list, nth + STEP, gate_count, EK)
+            next_up = read_groups(up_list, nth + STEP, up_count, EK)
+            gate = add_groups(
+                gate, s, row, 0, gate_first, gate_end, nth, ga, gb, gc, gd,
+                pool, n, intermediate, s_stride, split_stride, ALIGNED, SPLITS, EK, dtype,
+            )  # fmt: skip
+            up = add_groups(
+                up, s, row, part_stride, up_first, up_end, nth, ua, ub, uc, ud,
+                pool, n, intermediate, s_stride, split_stride, ALIGNED, SPLITS, EK, dtype,
+            )  # fmt: skip
+            ga, gb, gc, gd = next_gate
+            ua, ub, uc, ud = next_up
     if BIAS:
         bias_gate = bias + expert * 2 * intermediate + n
         gate += tl.load(bias_gate, mask=n < intermediate, other=0.0).to(tl.float32)[None, :]
@@ -135,7 +117,7 @@ def gate_up_kernel(
     AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     BIAS: tl.constexpr, CLAMPED: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHORT: tl.constexpr,
-    FLATTEN: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out [rows, I]; x [T, H], w13 [E, 2I, H]. Programs walk the tiles that there are.
 
@@ -143,9 +125,6 @@ def gate_up_kernel(
     wait for the shrink at once; else the base product runs beside the end of the shrink.
 
     SHORT: tiles whose rows fill no more than half of a block are computed at half the height.
-
-    FLATTEN: a program's tiles in one pipelined loop; the next one's loads run beside the end of the
-    one before.
     """
     if AHEAD or not LORA:
         pdl_wait(PDL)
@@ -154,7 +133,7 @@ def gate_up_kernel(
     # What the align wrote is read past the first-level cache: this program may have started while
     # the shrink still ran, without the barrier that a launch is.
     tiles = tl.load(num_blocks, cache_modifier=".cg") * tiles_n
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         block = tile // tiles_n
         n0 = tile % tiles_n * BN
         expert = tl.load(block_expert + block, cache_modifier=".cg").to(tl.int64)
@@ -166,7 +145,7 @@ def gate_up_kernel(
                 s_stride, split_stride, part_stride,
                 hidden, intermediate, top_k, x_stride, out_stride, alpha, limit, w_tiles,
                 LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES, BIAS, CLAMPED, EVEN, TMA,
-                BM // 2, BN, BK, FLATTEN, PDL,
+                BM // 2, BN, BK, PDL,
             )  # fmt: skip
         else:
             _gate_up_tile(
@@ -175,7 +154,7 @@ def gate_up_kernel(
                 s_stride, split_stride, part_stride,
                 hidden, intermediate, top_k, x_stride, out_stride, alpha, limit, w_tiles,
                 LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES, BIAS, CLAMPED, EVEN, TMA,
-                BM, BN, BK, FLATTEN, PDL,
+                BM, BN, BK, PDL,
             )  # fmt: skip
     if LORA and not AHEAD:
         pdl_wait(PDL)  # also programs that found no tile

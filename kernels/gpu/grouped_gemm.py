@@ -21,7 +21,7 @@ def _tile(
     SPLITS: tl.constexpr, EK: tl.constexpr, AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     BIAS: tl.constexpr, EVEN: tl.constexpr,
     TMA: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
+    BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows from `first_row`, BN columns from `n0`."""
     n = n0 + tl.arange(0, BN)
@@ -64,25 +64,14 @@ def _tile(
             pdl_wait(PDL)
             count, first, end, ga, gb, gc, gd = read_list(row, block, 0, *lists, EK)
         STEP: tl.constexpr = EK // GROUP
-        if FLATTEN:  # which takes no second loop of a known length
-            nth = 0
-            while nth < count:
-                acc = add_groups(
-                    acc, s, row, 0, first, end, nth, ga, gb, gc, gd,
-                    pool, n, columns, s_stride, split_stride, ALIGNED, SPLITS, EK,
-                    x.dtype.element_ty,
-                )  # fmt: skip
-                nth += STEP
-                ga, gb, gc, gd = read_groups(groups + block * list_length, nth, count, EK)
-        else:
-            for nth in tl.range(0, count, STEP, num_stages=EXPAND_STAGES):
-                following = read_groups(groups + block * list_length, nth + STEP, count, EK)
-                acc = add_groups(
-                    acc, s, row, 0, first, end, nth, ga, gb, gc, gd,
-                    pool, n, columns, s_stride, split_stride, ALIGNED, SPLITS, EK,
-                    x.dtype.element_ty,
-                )  # fmt: skip
-                ga, gb, gc, gd = following
+        for nth in tl.range(0, count, STEP, num_stages=EXPAND_STAGES):
+            following = read_groups(groups + block * list_length, nth + STEP, count, EK)
+            acc = add_groups(
+                acc, s, row, 0, first, end, nth, ga, gb, gc, gd,
+                pool, n, columns, s_stride, split_stride, ALIGNED, SPLITS, EK,
+                x.dtype.element_ty,
+            )  # fmt: skip
+            ga, gb, gc, gd = following
     if BIAS:
         added = tl.load(bias + expert * columns + n, mask=n < columns, other=0.0)
         acc += added.to(tl.float32)[None, :]
@@ -102,7 +91,7 @@ def grouped_gemm_kernel(
     SPLITS: tl.constexpr, EK: tl.constexpr, AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     BIAS: tl.constexpr, EVEN: tl.constexpr,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SHORT: tl.constexpr, FLATTEN: tl.constexpr, PDL: tl.constexpr,
+    SHORT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [rows or pairs, N]; w [E, N, inner].
 
@@ -115,7 +104,7 @@ def grouped_gemm_kernel(
         pdl_launch_dependents(PDL)
     tiles_n = tl.cdiv(columns, BN)
     tiles = tl.load(num_blocks, cache_modifier=".cg") * tiles_n
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         block = tile // tiles_n
         n0 = tile % tiles_n * BN
         expert = tl.load(block_expert + block, cache_modifier=".cg").to(tl.int64)
@@ -127,7 +116,7 @@ def grouped_gemm_kernel(
                 s_stride, split_stride,
                 inner, columns, top_k, x_stride, out_stride, x_tiles, w_tiles,
                 BY_TOKEN, TO_PAIR, LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES,
-                BIAS, EVEN, TMA, BM, BM // 2, BN, BK, FLATTEN, PDL,
+                BIAS, EVEN, TMA, BM, BM // 2, BN, BK, PDL,
             )  # fmt: skip
         else:
             _tile(
@@ -136,7 +125,7 @@ def grouped_gemm_kernel(
                 s_stride, split_stride,
                 inner, columns, top_k, x_stride, out_stride, x_tiles, w_tiles,
                 BY_TOKEN, TO_PAIR, LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES,
-                BIAS, EVEN, TMA, BM, BM, BN, BK, FLATTEN, PDL,
+                BIAS, EVEN, TMA, BM, BM, BN, BK, PDL,
             )  # fmt: skip
     if LORA and not AHEAD:
         pdl_wait(PDL)  # also programs that found no tile

@@ -216,7 +216,6 @@ def gemm_flags(tile: GemmTile, rows: AlignedBatch, inner: int, columns: int) -> 
         "BN": tile.block_n,
         "BK": tile.block_k,
         "SHORT": tile.short and rows.block_size >= 64,
-        "FLATTEN": tile.persistent > 0,
         "PDL": USE_PDL,
         "num_warps": tile.warps,
         "num_stages": tile.stages,

@@ -25,8 +25,7 @@ class GemmTile:
     block_k: int
     warps: int
     stages: int
-    # Programs per multiprocessor that walk the tiles in one loop (not with `short`); 0 = one
-    # program a tile.
+    # Programs per multiprocessor that walk the tiles; 0 = one program a tile.
     persistent: int = 0
     # Ranks that LoRA's dot takes at a time, of several adapters together: a multiple of 16.
     expand_k: int = 32

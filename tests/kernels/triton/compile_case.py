@@ -118,7 +118,7 @@ def main() -> None:
     wide, tall = GemmTile(128, 64, 8, 4, tma=True), ShrinkTile(2, 64, 64, 1)
     prefill = MoeTiles(128, wide, replace(wide, block_n=256, expand_k=64, short=True), tall, tall)
     ahead = {"expand_ahead": True, "expand_k": 16}
-    flat = MoeTiles(
+    persistent = MoeTiles(
         128,
         replace(wide, stages=3, persistent=1, **ahead),
         replace(wide, block_n=256, stages=3, persistent=1, **ahead),
@@ -129,7 +129,7 @@ def main() -> None:
     layers(bf16, 8, decode, shared_outer=True)
     layers(torch.float16, 8, decode)
     layers(bf16, 4096, prefill)
-    layers(bf16, 4096, flat)
+    layers(bf16, 4096, persistent)
     for tokens in (8, 512, 4096):
         dense(bf16, tokens)
     print(f"{len(compiled)} kernels compiled")
