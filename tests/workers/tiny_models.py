@@ -139,6 +139,18 @@ def make_tiny_model(family: str, folder: Path) -> TinyModel:
             "target_modules": ["k_proj"],
             "target_parameters": [f"shared_expert.{name}.weight" for name in PROJECTIONS],
         }
+    if family == "gpt_oss":
+        # Its experts have no modules to name.
+        del formats["expert modules"]
+        formats["attention and fused parameters"] = {
+            "target_modules": ATTENTION,
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "rank_pattern": {"gate_up_proj": 12, "down_proj": 5},
+        }
+        formats["gate and up"] = {
+            "target_modules": ["o_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj"],
+        }
     for name, config in formats.items():
         _save_adapter(tiny, folder / "adapters" / name, config)
     _save_per_expert(tiny, folder / "adapters" / "per expert")
