@@ -142,7 +142,7 @@ def _orient(
         name = show(found[0].a.name)
         problem = (
             "this model both as PEFT lays it out over transformers 4 and over later ones, and "
-            "nothing in the files says which; an adapter of gate_up_proj beside it would"
+            "nothing in the files says which; factors of the experts' other parameter beside it would"
             if base.transposed_experts
             else "this model both as PEFT before 0.19 and as later versions lay it out; "
             "adapter_config.json must say peft_version"

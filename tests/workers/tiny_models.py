@@ -147,9 +147,9 @@ def make_tiny_model(family: str, folder: Path) -> TinyModel:
             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
             "rank_pattern": {"gate_up_proj": 12, "down_proj": 5},
         }
-        formats["gate and up"] = {
-            "target_modules": ["o_proj"],
-            "target_parameters": ["mlp.experts.gate_up_proj"],
+        formats["down alone"] = {
+            "target_modules": ["k_proj"],
+            "target_parameters": ["mlp.experts.down_proj"],
         }
     for name, config in formats.items():
         _save_adapter(tiny, folder / "adapters" / name, config)
