@@ -28,8 +28,15 @@ from .weights_file import WeightsFile
 
 Parameter = Literal["gate_up_proj", "down_proj"]
 
-# Who writes A and B swapped, by whether the experts are transposed.
+# By whether the experts are transposed: who writes A and B swapped, and what to say where the
+# shapes don't tell.
 _SWAPPING = {False: "PEFT before 0.19", True: "PEFT from 0.19 over transformers 4"}
+_BOTH_FIT = {
+    False: "both as PEFT before 0.19 and as later versions lay it out; adapter_config.json must say "
+    "peft_version",
+    True: "both as PEFT lays it out over transformers 4 and over later ones, and nothing in the "
+    "files says which; factors of the experts' other parameter beside it would",
+}
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,8 @@ def _orient(
         writer = _SWAPPING[base.transposed_experts]
         raise AdapterRefused(
             "wrong_shape",
-            f"tensor {show(odd.a.name)} has A and B swapped, as {writer} wrote "
-            "them, but other fused factors of the file don't",
+            f"tensor {show(odd.a.name)} has A and B swapped, as {writer} wrote them, "
+            "but other fused factors of the file don't",
             safe_key(odd.a.name),
         )
     if clear:
@@ -139,15 +146,10 @@ def _orient(
     else:
         decided = before_0_19
     if decided is None:
-        name = show(found[0].a.name)
-        problem = (
-            "this model both as PEFT lays it out over transformers 4 and over later ones, and "
-            "nothing in the files says which; factors of the experts' other parameter beside it would"
-            if base.transposed_experts
-            else "this model both as PEFT before 0.19 and as later versions lay it out; "
-            "adapter_config.json must say peft_version"
-        )
+        name = found[0].a.name
         raise AdapterRefused(
-            "ambiguous_layout", f"tensor {name} fits {problem}", safe_key(found[0].a.name)
+            "ambiguous_layout",
+            f"tensor {show(name)} fits this model {_BOTH_FIT[base.transposed_experts]}",
+            safe_key(name),
         )
     return [(factors, decided) for factors in found]
