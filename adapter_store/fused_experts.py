@@ -32,8 +32,8 @@ Parameter = Literal["gate_up_proj", "down_proj"]
 # shapes don't tell.
 _SWAPPING = {False: "PEFT before 0.19", True: "PEFT from 0.19 over transformers 4"}
 _BOTH_FIT = {
-    False: "both as PEFT before 0.19 and as later versions lay it out; adapter_config.json must say "
-    "peft_version",
+    False: "both as PEFT before 0.19 and as later versions lay it out; adapter_config.json must "
+    "say peft_version",
     True: "both as PEFT lays it out over transformers 4 and over later ones, and nothing in the "
     "files says which; factors of the experts' other parameter beside it would",
 }

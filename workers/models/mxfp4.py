@@ -1,7 +1,7 @@
 """MXFP4 checkpoints: blocks of 32 four-bit floats (e2m1) with one power of two (e8m0) each.
 
 The format is OCP's Microscaling Formats 1.0. Weights are brought into the engine's dtype when they
-are loaded, which is exact in bfloat16 and float32.
+are loaded; bfloat16 and float32 hold them exactly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ BLOCK = 32  # elements that share a scale
 # By code: one bit sign, two exponent, one mantissa.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _VALUES = _E2M1 + tuple(-x for x in _E2M1)
-_SCALE_BIAS, _SCALE_NAN = 127, 255
+# By code. Looked up rather than computed, so that every device has them exact.
+_SCALES = (*(2.0 ** (code - 127) for code in range(255)), float("nan"))
 
 
 def dequantise(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -33,11 +34,11 @@ def dequantise(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
         `dtype` [..., 32 N].
     """
     codes = torch.stack([blocks & 0xF, blocks >> 4], dim=-1).flatten(-2).int()  # [..., N, 32]
-    values = torch.tensor(_VALUES, dtype=torch.float32, device=blocks.device)[codes]
-    exponents = scales.int() - _SCALE_BIAS
-    values = torch.ldexp(values, exponents[..., None])
-    values.masked_fill_((scales == _SCALE_NAN)[..., None], float("nan"))
-    return values.flatten(-2).to(dtype)
+    values, powers = (
+        torch.tensor(table, dtype=torch.float32, device=blocks.device)
+        for table in (_VALUES, _SCALES)
+    )
+    return (values[codes] * powers[scales.int()][..., None]).flatten(-2).to(dtype)
 
 
 def dequantised_bytes(model: ModelConfig, shard: Shard, dtype: torch.dtype) -> int:
