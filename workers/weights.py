@@ -18,7 +18,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path, dtype: torch.dtype, device: str):
         self._folder = Path(folder)
-        self._dtype, self._device = dtype, device
+        self.dtype, self.device = dtype, device
         self._file_of: dict[str, Any] = {}
         self._open: list[Any] = []
 
@@ -61,13 +61,20 @@ class Checkpoint:
         Raises:
             ModelFilesInvalid: no shard holds that name.
         """
+        return self._read(name, rows, cols).to(device=self.device, dtype=self.dtype)
+
+    def stored(
+        self, name: str, rows: slice | None = None, cols: slice | None = None
+    ) -> torch.Tensor:
+        """As `get`, but in the dtype of the file: quantised weights mean nothing in another."""
+        return self._read(name, rows, cols).to(self.device)
+
+    def _read(self, name: str, rows: slice | None, cols: slice | None) -> torch.Tensor:
         if name not in self._file_of:
             raise ModelFilesInvalid(f"{self._folder}: no shard holds the tensor {name!r}")
         view = self._file_of[name].get_slice(name)
         if rows is None and cols is None:
-            out = view[:]
-        elif cols is None:
-            out = view[rows]
-        else:
-            out = view[rows or slice(None), cols]
-        return out.to(device=self._device, dtype=self._dtype)
+            return view[:]
+        if cols is None:
+            return view[rows]
+        return view[rows or slice(None), cols]

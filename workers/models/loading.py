@@ -27,9 +27,13 @@ class Loader:
     comm: Comm
     runner: MoeRunner
 
-    def attention(self, prefix: str, norm: QkNorm | None) -> Attention:
-        """Attention whose tensors' names begin with `prefix`."""
+    def attention(self, n: int, norm: QkNorm | None) -> Attention:
+        """The attention of layer `n`, without sinks."""
         ck, shard, bias = self.checkpoint, self.shard, self.config.qkv_bias
+        prefix = f"model.layers.{n}.self_attn."
+        o_bias = None
+        if self.config.o_bias and shard.rank == 0:
+            o_bias = ck.get(f"{prefix}o_proj.bias")
         names = ("q_proj", "k_proj", "v_proj")
         rows = {name: slice(*shard.rows(name)) for name in names}
         qkv = [ck.get(f"{prefix}{name}.weight", rows=rows[name]) for name in names]
@@ -41,7 +45,9 @@ class Loader:
             qkv=torch.cat(qkv),
             qkv_bias=torch.cat(biases) if bias else None,
             o=o.contiguous(),
+            o_bias=o_bias,
             norm=norm,
+            window=self.config.layer_windows[n],
         )
 
     def moe(

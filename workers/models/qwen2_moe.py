@@ -10,7 +10,7 @@ def load_layer(loader: Loader, n: int) -> DecoderLayer:
     ck, p = loader.checkpoint, f"model.layers.{n}."
     return DecoderLayer(
         input_norm=ck.get(p + "input_layernorm.weight"),
-        attention=loader.attention(p + "self_attn.", norm=None),
+        attention=loader.attention(n, norm=None),
         post_norm=ck.get(p + "post_attention_layernorm.weight"),
         moe=loader.moe(p + "mlp.", shared=loader.shared_expert(p + "mlp.")),
     )
