@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .deepseek_config import LatentSizes, RoutingGroups
 from .errors import ModelFilesInvalid, ModelUnsupported
-from .families import FAMILIES, unserved_options
+from .families import FAMILIES, Family, rope_type, unserved_options
+from .rope_scaling import Yarn
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,24 @@ class ModelConfig:
     qkv_bias: bool = False
     shared_expert_size: int = 0  # intermediate size; 0: there is none
     sliding_window: int | None = None  # tokens; texts that fit into it don't notice it
+    yarn: Yarn | None = None
+    latent: LatentSizes | None = None  # where attention is by latents; num_kv_heads is 1 then
+    routing_groups: RoutingGroups | None = None
+    dense_layers: int = 0  # the first layers, which have an MLP of dense_size and no experts
+    dense_size: int = 0
+
+    @property
+    def rope_dim(self) -> int:
+        """Size of the rotated part of a head."""
+        return self.head_dim if self.latent is None else self.latent.rope
+
+    @property
+    def softmax_scale(self) -> float:
+        """Of attention, on q k^T."""
+        scale = self.head_dim**-0.5
+        if self.latent is not None and self.yarn is not None:
+            scale *= self.yarn.latent_softmax_scale
+        return scale
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
@@ -60,33 +80,57 @@ class ModelConfig:
                 f"{path}: model_type {raw.get('model_type')!r} isn't served; "
                 f"served: {', '.join(FAMILIES)}"
             )
-        for name, value in unserved_options(raw).items():
+        if quantization := raw.get("quantization_config"):
+            raise ModelUnsupported(
+                f"{path}: weights quantised by {quantization.get('quant_method')!r} "
+                "(quantization_config) aren't served; give the checkpoint in bfloat16"
+            )
+        for name, value in unserved_options(raw, family).items():
             raise ModelUnsupported(f"{path}: {name} = {value!r} isn't served")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        heads = raw["num_attention_heads"]
+        heads, positions = raw["num_attention_heads"], raw["max_position_embeddings"]
+        latent = LatentSizes.from_config(raw) if family.latent else None
+        dense_layers = (raw.get("first_k_dense_replace") or 0) if family.latent else 0
         return cls(
             model_type=raw["model_type"],
             vocab_size=raw["vocab_size"],
             hidden_size=raw["hidden_size"],
             num_layers=raw["num_hidden_layers"],
             num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            num_experts=raw.get("num_experts") or raw["num_local_experts"],
+            num_kv_heads=1 if latent else raw.get("num_key_value_heads") or heads,
+            head_dim=(
+                latent.head if latent else raw.get("head_dim") or raw["hidden_size"] // heads
+            ),
+            num_experts=_num_experts(raw),
             top_k=raw["num_experts_per_tok"],
             moe_intermediate_size=raw[family.expert_size_field],
             norm_topk_prob=raw.get("norm_topk_prob", family.norm_topk_prob),
             rms_norm_eps=raw["rms_norm_eps"],
             rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or family.rope_theta),
-            max_position_embeddings=raw["max_position_embeddings"],
+            max_position_embeddings=positions,
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             eos_token_ids=_eos_ids(Path(folder), raw),
             qkv_bias=raw.get("qkv_bias", family.qkv_bias),
-            shared_expert_size=(
-                raw["shared_expert_intermediate_size"] if family.shared_expert else 0
-            ),
+            shared_expert_size=_shared_size(raw, family),
             sliding_window=raw.get("sliding_window") if family.windowed else None,
+            yarn=Yarn.from_config(rope, positions) if rope_type(rope) == "yarn" else None,
+            latent=latent,
+            routing_groups=RoutingGroups.from_config(raw) if family.latent else None,
+            dense_layers=dense_layers,
+            dense_size=raw["intermediate_size"] if dense_layers else 0,
         )
+
+
+def _num_experts(config: dict[str, Any]) -> int:
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next(config[name] for name in names if config.get(name))
+
+
+def _shared_size(config: dict[str, Any], family: Family) -> int:
+    """Intermediate size of the shared experts, which are one MLP where there are several."""
+    if family.latent:
+        return (config.get("n_shared_experts") or 0) * config["moe_intermediate_size"]
+    return config["shared_expert_intermediate_size"] if family.shared_expert else 0
 
 
 def _eos_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:

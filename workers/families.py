@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .deepseek_config import unserved_deepseek_options
+
 
 @dataclass(frozen=True)
 class Family:
@@ -18,6 +20,7 @@ class Family:
         qkv_bias: of q, k and v, where the config says nothing.
         shared_expert: whether every token also goes through an expert of its own size.
         windowed: `sliding_window` counts without a switch (`use_sliding_window`) beside it.
+        latent: multi-head latent attention, and DeepSeek's experts, routing and dense layers.
     """
 
     expert_size_field: str = "moe_intermediate_size"
@@ -26,6 +29,7 @@ class Family:
     qkv_bias: bool = False
     shared_expert: bool = False
     windowed: bool = False
+    latent: bool = False
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -38,15 +42,22 @@ FAMILIES: Mapping[str, Family] = {
         windowed=True,
     ),
     "qwen2_moe": Family(qkv_bias=True, shared_expert=True),
+    "deepseek_v2": Family(latent=True),
+    "deepseek_v3": Family(norm_topk_prob=True, latent=True),
 }
 
 
-def unserved_options(raw: Mapping[str, Any]) -> dict[str, Any]:
+def rope_type(rope: Mapping[str, Any]) -> str:
+    """Of a config's `rope_parameters` or `rope_scaling`."""
+    return rope.get("rope_type", rope.get("type")) or "default"
+
+
+def unserved_options(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Options of a config that would change the result and aren't served, with their values."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     dense_step = raw.get("decoder_sparse_step", 1)
     values = {
-        "rope_type": _unless(rope.get("rope_type", rope.get("type")), "default"),
+        "rope_type": kind if (kind := rope_type(rope)) not in ("default", "yarn") else None,
         "partial_rotary_factor": _unless(rope.get("partial_rotary_factor"), 1),
         "attention_bias": raw.get("attention_bias"),
         "clip_qkv": raw.get("clip_qkv"),
@@ -55,7 +66,8 @@ def unserved_options(raw: Mapping[str, Any]) -> dict[str, Any]:
         "decoder_sparse_step": _unless(dense_step, 1),
         "hidden_act": _unless(raw.get("hidden_act"), "silu"),
     }
-    return {name: value for name, value in values.items() if value}
+    unserved = {name: value for name, value in values.items() if value}
+    return unserved | (unserved_deepseek_options(raw) if family.latent else {})
 
 
 def _unless(value: Any, usual: Any) -> Any:

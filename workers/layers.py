@@ -15,50 +15,14 @@ from ..kernels import LoraBatch, MoeRunner, MoeWeights, lora_linear_
 from .adapter_pool import AdapterPool
 from .attention import AttentionBatch, PagedKVCache
 from .comm import Comm
+from .rope import RotaryEmbedding
+from .routing import Routing
 from .shard import Shard
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., N] normalised in float32, scaled by weight [N]."""
     return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
-
-
-class RotaryEmbedding:
-    """Rotary position embedding of the "default" type, halves rotated (not interleaved)."""
-
-    def __init__(self, head_dim: int, theta: float, max_positions: int, device: torch.device):
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        angles = torch.outer(torch.arange(max_positions).float(), 1.0 / theta**exponent)
-        angles = torch.cat([angles, angles], dim=-1)  # [positions, D]
-        self._cos, self._sin = angles.cos().to(device), angles.sin().to(device)
-
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, float32 [T, 1, D], for positions int64 [T]."""
-        return self._cos[positions][:, None], self._sin[positions][:, None]
-
-    @staticmethod
-    def apply(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """x [T, heads, D] rotated in float32."""
-        half = x.shape[-1] // 2
-        y = x.float()
-        turned = torch.cat([-y[..., half:], y[..., :half]], dim=-1)
-        return (y * cos + turned * sin).to(x.dtype)
-
-
-def route(logits: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax routing.
-
-    Args:
-        logits: [T, E]
-
-    Returns:
-        weights float32 [T, K] and expert ids int32 [T, K].
-    """
-    probs = torch.softmax(logits.float(), dim=-1)
-    weights, ids = probs.topk(top_k, dim=-1)
-    if renormalise:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights, ids.to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -134,7 +98,7 @@ class Attention:
         s, t, d = self.shard, h.shape[0], self.shard.model.head_dim
         qkv = F.linear(h, self.qkv, self.qkv_bias)
         if step.lora is not None:
-            lora_linear_(qkv, h, step.pool.qkv[n], step.lora)
+            lora_linear_(qkv, h, step.pool.dense[n]["qkv"], step.lora)
         q, k, v = qkv.split((s.q_size, s.kv_size, s.kv_size), dim=-1)
         if self.norm is not None:
             q, k = self.norm(q, k)
@@ -143,45 +107,55 @@ class Attention:
         o = step.cache.attend(n, q, k, v.reshape(t, -1, d), step.attention)
         y = F.linear(o, self.o)
         if step.lora is not None:
-            lora_linear_(y, o, step.pool.o[n], step.lora)
+            lora_linear_(y, o, step.pool.dense[n]["o"], step.lora)
         return self.comm.all_reduce(y)
 
 
 @dataclass(frozen=True)
-class SharedExpert:
-    """An expert that every token goes through, weighed by a gate of its own."""
+class Mlp:
+    """What every token goes through: shared experts, or the whole of a layer without experts."""
 
     gate_up: torch.Tensor  # [2 I, H]
     down: torch.Tensor  # [H, I]
-    gate: torch.Tensor  # [1, H]
+    gate: torch.Tensor | None = None  # [1, H], weighs the output where a family has that
 
     def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
         """This rank's part of the sum."""
         gate_up = F.linear(h, self.gate_up)
         if step.lora is not None:
-            lora_linear_(gate_up, h, step.pool.shared_gate_up[n], step.lora)
+            lora_linear_(gate_up, h, step.pool.dense[n]["gate_up"], step.lora)
         gate, up = gate_up.chunk(2, dim=-1)
         x = F.silu(gate) * up
         y = F.linear(x, self.down)
         if step.lora is not None:
-            lora_linear_(y, x, step.pool.shared_down[n], step.lora)
-        return torch.sigmoid(F.linear(h, self.gate)) * y
+            lora_linear_(y, x, step.pool.dense[n]["down"], step.lora)
+        return y if self.gate is None else torch.sigmoid(F.linear(h, self.gate)) * y
+
+
+@dataclass(frozen=True)
+class DenseBlock:
+    """The MLP of a layer without experts."""
+
+    comm: Comm
+    mlp: Mlp
+
+    def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
+        return self.comm.all_reduce(self.mlp(n, h, step))
 
 
 @dataclass(frozen=True)
 class MoeBlock:
-    """Routed experts, and the shared one of families that have it."""
+    """Routed experts, and the shared ones of families that have them."""
 
     comm: Comm
     runner: MoeRunner
-    router: torch.Tensor  # [E, H]
+    router: torch.Tensor  # [E, H], in the dtype that logits are wanted in
     experts: MoeWeights
-    top_k: int
-    norm_topk_prob: bool
-    shared: SharedExpert | None = None
+    routing: Routing
+    shared: Mlp | None = None
 
     def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
-        weights, ids = route(F.linear(h, self.router), self.top_k, self.norm_topk_prob)
+        weights, ids = self.routing(F.linear(h.to(self.router.dtype), self.router))
         y = self.runner(h, self.experts, weights, ids, step.pool.experts[n], step.lora)
         if self.shared is not None:
             y = y + self.shared(n, h, step)

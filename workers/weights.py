@@ -55,8 +55,15 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
-    def get(self, name: str, rows: slice | None = None, cols: slice | None = None) -> torch.Tensor:
-        """The tensor `name`, cut to `rows` of dim 0 and `cols` of dim 1, in the model's dtype.
+    def get(
+        self,
+        name: str,
+        rows: slice | None = None,
+        cols: slice | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """The tensor `name`, cut to `rows` of dim 0 and `cols` of dim 1, in the model's dtype or in
+        `dtype`.
 
         Raises:
             ModelFilesInvalid: no shard holds that name.
@@ -70,4 +77,4 @@ class Checkpoint:
             out = view[rows]
         else:
             out = view[rows or slice(None), cols]
-        return out.to(device=self._device, dtype=self._dtype)
+        return out.to(device=self._device, dtype=dtype or self._dtype)

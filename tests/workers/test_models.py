@@ -85,7 +85,7 @@ def test_fused_checkpoints_give_the_same(tiny, family, run, greedy):
     model = tiny(family)
     fused = model.folder.parent / "fused"
     with safe_open(fused / "model.safetensors", "pt") as file:
-        assert "model.layers.0.mlp.experts.gate_up_proj" in file.keys()  # noqa: SIM118
+        assert "model.layers.1.mlp.experts.gate_up_proj" in file.keys()  # noqa: SIM118
     _, requests = requests_for(model, greedy, 1)
     engines = [model.engine(), model.engine(model_path=str(fused))]
     expected, results = (run(engine, requests) for engine in engines)
@@ -135,7 +135,8 @@ def same_logprobs(result, expected) -> bool:
 
 
 def test_what_is_validated_is_what_is_served():
-    assert list(FAMILIES) == list(LAYERS) == list(SUPPORTED_MODEL_TYPES) == list(CONFIGS)
+    tested = list(dict.fromkeys(config.model_type for config in CONFIGS.values()))
+    assert list(FAMILIES) == list(LAYERS) == list(SUPPORTED_MODEL_TYPES) == tested
 
 
 def test_other_model_types_are_refused_with_the_served_ones(tiny, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +12,22 @@ import torch.nn.functional as F
 from ...kernels import LoraBatch
 from ..adapter_pool import AdapterPool
 from ..attention import AttentionBatch, PagedKVCache
-from ..layers import Attention, MoeBlock, RotaryEmbedding, StepContext, rms_norm
+from ..layers import StepContext, rms_norm
+from ..rope import RotaryEmbedding
+
+
+class Branch(Protocol):
+    """What is added to the hidden states [T, H] of layer `n`: attention, experts or an MLP."""
+
+    def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
 class DecoderLayer:
     input_norm: torch.Tensor  # [H]
-    attention: Attention
+    attention: Branch
     post_norm: torch.Tensor  # [H]
-    moe: MoeBlock
+    mlp: Branch
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Decoder:
         step = StepContext(*self.rope.at(positions), attention, cache, pool, lora)
         for n, layer in enumerate(self.layers):
             x = x + layer.attention(n, rms_norm(x, layer.input_norm, self.eps), step)
-            x = x + layer.moe(n, rms_norm(x, layer.post_norm, self.eps), step)
+            x = x + layer.mlp(n, rms_norm(x, layer.post_norm, self.eps), step)
         return rms_norm(x, self.norm, self.eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,10 @@ import torch
 from ...kernels import MoeRunner
 from ..comm import Comm
 from ..config import ModelConfig
-from ..layers import RotaryEmbedding
+from ..rope import RotaryEmbedding
 from ..shard import Shard
 from ..weights import Checkpoint
-from . import mixtral, olmoe, qwen2_moe, qwen3_moe
+from . import deepseek, mixtral, olmoe, qwen2_moe, qwen3_moe
 from .decoder import Decoder, DecoderLayer
 from .loading import Loader
 
@@ -22,6 +22,8 @@ LAYERS: Mapping[str, Callable[[Loader, int], DecoderLayer]] = {
     "olmoe": olmoe.load_layer,
     "mixtral": mixtral.load_layer,
     "qwen2_moe": qwen2_moe.load_layer,
+    "deepseek_v2": deepseek.load_layer,
+    "deepseek_v3": deepseek.load_layer,
 }
 
 
@@ -51,6 +53,8 @@ def load_model(
         layers=[load_layer(loader, n) for n in range(config.num_layers)],
         norm=checkpoint.get("model.norm.weight"),
         head=head,
-        rope=RotaryEmbedding(config.head_dim, config.rope_theta, max_positions, device),
+        rope=RotaryEmbedding(
+            config.rope_dim, config.rope_theta, max_positions, device, config.yarn
+        ),
         eps=config.rms_norm_eps,
     )
