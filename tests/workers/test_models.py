@@ -162,6 +162,13 @@ def test_options_that_would_change_the_result_are_refused(tiny, tmp_path, family
         changed(tiny(family), tmp_path, **{option: value})
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_quantised_weights_are_refused(tiny, tmp_path, family):
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    with pytest.raises(ModelUnsupported, match=r"weights quantised by 'fp8' .* in bfloat16"):
+        changed(tiny(family), tmp_path, quantization_config=fp8)
+
+
 def test_a_sliding_window_is_served_as_far_as_no_text_notices_it(tiny, tmp_path):
     model = changed(tiny("mixtral"), tmp_path, sliding_window=100)
     assert model.sliding_window == 100
