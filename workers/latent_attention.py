@@ -11,7 +11,6 @@ from ..kernels import lora_linear_
 from .comm import Comm
 from .layers import StepContext, rms_norm
 from .rope import RotaryEmbedding
-from .shard import Shard
 
 # The published code gives these norms no epsilon of the config's, and its default is this.
 _LATENT_NORM_EPS = 1e-6
@@ -29,7 +28,6 @@ class LatentAttention:
     LoRA is on q (or on both steps of q), on the latents' projection and on o.
     """
 
-    shard: Shard
     comm: Comm
     qkv: torch.Tensor  # [q or q_rank, then C + rope; H]
     q_norm: torch.Tensor | None  # [q_rank]; None: q comes straight from the hidden state

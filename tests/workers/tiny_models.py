@@ -56,14 +56,13 @@ _LATENT: dict[str, Any] = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 20,
 }
-_GROUPS = {"n_group": 3, "topk_group": 2, "q_lora_rank": 40}
 
 
 def _yarn(mscale: float, mscale_all_dim: float) -> dict[str, Any]:
     return {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
-        "factor": 40.0,
+        "factor": 16.0,
         "original_max_position_embeddings": 16,
         "beta_fast": 32,
         "beta_slow": 1,
@@ -88,13 +87,20 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "deepseek_v2": DeepseekV2Config(**_LATENT, q_lora_rank=None, topk_method="greedy"),
     "deepseek_v2 grouped": DeepseekV2Config(
         **_LATENT,
-        **_GROUPS,
+        q_lora_rank=40,
+        n_group=2,
+        topk_group=1,  # of two experts one is often another than without groups
         topk_method="group_limited_greedy",
         routed_scaling_factor=3.0,
         rope_parameters=_yarn(0.707, 0.9),
     ),
     "deepseek_v3": DeepseekV3Config(
-        **_LATENT, **_GROUPS, routed_scaling_factor=2.5, rope_parameters=_yarn(1.0, 1.0)
+        **_LATENT,
+        q_lora_rank=40,
+        n_group=3,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        rope_parameters=_yarn(1.0, 1.0),
     ),
 }
 ATTENTION = {name: ["q_proj", "k_proj", "v_proj", "o_proj"] for name in CONFIGS}

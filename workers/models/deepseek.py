@@ -43,7 +43,6 @@ def _attention(loader: Loader, prefix: str, latent: LatentSizes) -> LatentAttent
     k_up, v_up = up.split((latent.nope, latent.value), dim=1)
     o = ck.get(f"{prefix}o_proj.weight", cols=slice(*shard.rows("o_proj")))
     return LatentAttention(
-        shard=shard,
         comm=loader.comm,
         qkv=torch.cat([rows("q_a_proj" if from_latent else "q_proj"), rows("kv_a_proj_with_mqa")]),
         q_norm=ck.get(f"{prefix}q_a_layernorm.weight") if from_latent else None,
