@@ -10,8 +10,8 @@ from typing import Any
 
 from .deepseek_config import LatentSizes, RoutingGroups
 from .errors import ModelFilesInvalid, ModelUnsupported
-from .families import FAMILIES, Family, rope_type, unserved_options
-from .rope_scaling import Yarn
+from .families import FAMILIES, Family, rope_parameters, rope_type, unserved_options
+from .rope_parameters import Yarn
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,6 @@ class ModelConfig:
         """Size of the rotated part of a head."""
         return self.head_dim if self.latent is None else self.latent.rope
 
-    @property
-    def softmax_scale(self) -> float:
-        """Of attention, on q k^T."""
-        scale = self.head_dim**-0.5
-        if self.latent is not None and self.yarn is not None:
-            scale *= self.yarn.latent_softmax_scale
-        return scale
-
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
         """Reads config.json and generation_config.json.
@@ -87,9 +79,10 @@ class ModelConfig:
             )
         for name, value in unserved_options(raw, family).items():
             raise ModelUnsupported(f"{path}: {name} = {value!r} isn't served")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope = rope_parameters(raw)
         heads, positions = raw["num_attention_heads"], raw["max_position_embeddings"]
-        latent = LatentSizes.from_config(raw) if family.latent else None
+        yarn = Yarn.from_parameters(rope, positions) if rope_type(rope) == "yarn" else None
+        latent = LatentSizes.from_config(raw, rope, yarn) if family.latent else None
         dense_layers = (raw.get("first_k_dense_replace") or 0) if family.latent else 0
         return cls(
             model_type=raw["model_type"],
@@ -113,7 +106,7 @@ class ModelConfig:
             qkv_bias=raw.get("qkv_bias", family.qkv_bias),
             shared_expert_size=_shared_size(raw, family),
             sliding_window=raw.get("sliding_window") if family.windowed else None,
-            yarn=Yarn.from_config(rope, positions) if rope_type(rope) == "yarn" else None,
+            yarn=yarn,
             latent=latent,
             routing_groups=RoutingGroups.from_config(raw) if family.latent else None,
             dense_layers=dense_layers,

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .rope_parameters import Yarn, yarn_mscale
+
 
 @dataclass(frozen=True)
 class LatentSizes:
@@ -20,15 +22,29 @@ class LatentSizes:
     nope: int
     rope: int
     value: int
+    softmax_scale: float  # of q k^T
 
     @classmethod
-    def from_config(cls, raw: Mapping[str, Any]) -> LatentSizes:
+    def from_config(
+        cls, raw: Mapping[str, Any], rope: Mapping[str, Any], yarn: Yarn | None
+    ) -> LatentSizes:
+        """
+        Args:
+            rope: the config's rope parameters. yarn: the same as they are read, if they are YaRN's.
+        """
+        nope, rope_dim = raw["qk_nope_head_dim"], raw["qk_rope_head_dim"]
+        scale = (nope + rope_dim) ** -0.5
+        if yarn is not None and (all_dim := rope.get("mscale_all_dim")):
+            # YaRN sharpens attention by way of cos and sin, which the columns that aren't rotated
+            # don't see. So it is done here: once for queries, once for keys.
+            scale *= yarn_mscale(yarn.factor, all_dim) ** 2
         return cls(
             q_rank=raw.get("q_lora_rank"),
             kv_rank=raw["kv_lora_rank"],
-            nope=raw["qk_nope_head_dim"],
-            rope=raw["qk_rope_head_dim"],
+            nope=nope,
+            rope=rope_dim,
             value=raw["v_head_dim"],
+            softmax_scale=scale,
         )
 
     @property

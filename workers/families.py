@@ -47,14 +47,18 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
+def rope_parameters(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rope parameters of a config, wherever it has them."""
+    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+
+
 def rope_type(rope: Mapping[str, Any]) -> str:
-    """Of a config's `rope_parameters` or `rope_scaling`."""
-    return rope.get("rope_type", rope.get("type")) or "default"
+    return rope.get("rope_type") or rope.get("type") or "default"
 
 
 def unserved_options(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Options of a config that would change the result and aren't served, with their values."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = rope_parameters(raw)
     dense_step = raw.get("decoder_sparse_step", 1)
     values = {
         "rope_type": kind if (kind := rope_type(rope)) not in ("default", "yarn") else None,

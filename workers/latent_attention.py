@@ -66,5 +66,10 @@ class LatentAttention:
 
 
 def _rotated(x: torch.Tensor, step: StepContext) -> torch.Tensor:
-    """x [T, heads, rope], whose neighbours are pairs."""
-    return RotaryEmbedding.apply(RotaryEmbedding.paired(x), step.cos, step.sin)
+    """x [T, heads, rope], whose columns 2 i and 2 i + 1 are rotated together.
+
+    Even ones come first in what is returned, in queries and keys alike, which leaves their products
+    as they are.
+    """
+    halves = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    return RotaryEmbedding.apply(halves, step.cos, step.sin)

@@ -1,38 +1,56 @@
-"""Rotary position embeddings, plain or stretched by YaRN."""
+"""Rotary position embedding, of the types "default" and "yarn"."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from .rope_scaling import Yarn
+from .rope_parameters import Yarn
+
+
+def inverse_frequencies(
+    rotary_dim: int, theta: float, yarn: Yarn | None = None
+) -> tuple[torch.Tensor, float]:
+    """Angles per position, float32 [rotary_dim / 2], and the factor on their cos and sin."""
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
+    wavelengths = theta**exponent
+    if yarn is None:
+        return 1.0 / wavelengths, 1.0
+
+    def dimension(rotations: float) -> float:
+        """The one, counted in pairs, whose frequency turns that often over the old context."""
+        turns = math.log(yarn.original_positions / (rotations * 2 * math.pi))
+        return rotary_dim * turns / (2 * math.log(theta))
+
+    low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    if low == high:
+        high += 0.001  # as transformers has it: a step, but no division by zero
+    ramp = (torch.arange(rotary_dim // 2, dtype=torch.float32) - low) / (high - low)
+    interpolated = ramp.clamp(0, 1)  # 0: left as it was
+    kept = 1 - interpolated
+    frequencies = 1.0 / (yarn.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
+    return frequencies, yarn.attention_scaling
 
 
 class RotaryEmbedding:
-    """Rotary position embedding with halves rotated; `paired` brings other layouts to it."""
+    """Halves rotated (not interleaved)."""
 
     def __init__(
-        self,
-        head_dim: int,
-        theta: float,
-        max_positions: int,
-        device: torch.device,
-        yarn: Yarn | None = None,
+        self, frequencies: torch.Tensor, scaling: float, max_positions: int, device: torch.device
     ):
         """
         Args:
-            head_dim: of the rotated part of a head.
+            frequencies, scaling: of `inverse_frequencies`.
+            max_positions: positions from 0 that `at` is asked for.
         """
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        frequencies = 1.0 / theta**exponent
-        scale = 1.0
-        if yarn is not None:
-            stretched = torch.tensor(yarn.stretched(head_dim, theta), dtype=torch.float32)
-            frequencies = torch.lerp(frequencies, frequencies / yarn.factor, stretched)
-            scale = yarn.cos_sin_scale
         angles = torch.outer(torch.arange(max_positions).float(), frequencies)
         angles = torch.cat([angles, angles], dim=-1)  # [positions, D]
-        self._cos = (angles.cos() * scale).to(device)
-        self._sin = (angles.sin() * scale).to(device)
+        self._cos = (angles.cos() * scaling).to(device)
+        self._sin = (angles.sin() * scaling).to(device)
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, float32 [T, 1, D], for positions int64 [T]."""
@@ -45,9 +63,3 @@ class RotaryEmbedding:
         y = x.float()
         turned = torch.cat([-y[..., half:], y[..., :half]], dim=-1)
         return (y * cos + turned * sin).to(x.dtype)
-
-    @staticmethod
-    def paired(x: torch.Tensor) -> torch.Tensor:
-        """x [T, heads, D] whose neighbours 2 i and 2 i + 1 are rotated together, as `apply` wants
-        it: even ones, then odd ones. Queries and keys alike, so that their products stay."""
-        return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)

@@ -156,9 +156,9 @@ def test_v2_lite_as_published(tmp_path):
     assert (model.num_experts, model.top_k, model.moe_intermediate_size) == (64, 6, 1408)
     assert (model.dense_layers, model.dense_size, model.shared_expert_size) == (1, 10944, 2816)
     assert model.routing_groups == RoutingGroups("softmax", 1, 1, 1.0)
-    assert yarn.cos_sin_scale == 1.0
+    assert yarn.attention_scaling == 1.0
     # 0.1 * 0.707 * ln(40) + 1 = 1.2608
-    assert model.softmax_scale == pytest.approx(1.2608**2 / 192**0.5, rel=1e-4)
+    assert latent.softmax_scale == pytest.approx(1.2608**2 / 192**0.5, rel=1e-4)
 
 
 def test_v2_as_published(tmp_path):
@@ -172,11 +172,12 @@ def test_v2_as_published(tmp_path):
 
 def test_v3_as_published_but_in_bfloat16(tmp_path):
     model = read(tmp_path, V3)
+    assert model.latent is not None
     assert model.routing_groups == RoutingGroups("sigmoid", 8, 4, 2.5)
     assert model.norm_topk_prob
     assert (model.num_layers, model.dense_layers, model.shared_expert_size) == (61, 3, 2048)
     # 0.1 * ln(40) + 1 = 1.3689
-    assert model.softmax_scale == pytest.approx(1.3689**2 / 192**0.5, rel=1e-4)
+    assert model.latent.softmax_scale == pytest.approx(1.3689**2 / 192**0.5, rel=1e-4)
 
 
 def test_heads_are_cut_and_latents_repeated(tmp_path):

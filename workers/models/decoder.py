@@ -27,7 +27,7 @@ class DecoderLayer:
     input_norm: torch.Tensor  # [H]
     attention: Branch
     post_norm: torch.Tensor  # [H]
-    mlp: Branch
+    moe: Branch  # or, in a layer without experts, its MLP
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Decoder:
         step = StepContext(*self.rope.at(positions), attention, cache, pool, lora)
         for n, layer in enumerate(self.layers):
             x = x + layer.attention(n, rms_norm(x, layer.input_norm, self.eps), step)
-            x = x + layer.mlp(n, rms_norm(x, layer.post_norm, self.eps), step)
+            x = x + layer.moe(n, rms_norm(x, layer.post_norm, self.eps), step)
         return rms_norm(x, self.norm, self.eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ def load_layer(loader: Loader, n: int) -> DecoderLayer:
         input_norm=ck.get(p + "input_layernorm.weight"),
         attention=_attention(loader, p + "self_attn.", latent),
         post_norm=ck.get(p + "post_attention_layernorm.weight"),
-        mlp=_experts(loader, p + "mlp.", groups) if moe else loader.dense(p + "mlp."),
+        moe=_experts(loader, p + "mlp.", groups) if moe else loader.dense(p + "mlp."),
     )
 
 
@@ -51,7 +51,7 @@ def _attention(loader: Loader, prefix: str, latent: LatentSizes) -> LatentAttent
         k_up=k_up.contiguous(),
         v_up=v_up.transpose(1, 2).contiguous(),
         o=o.contiguous(),
-        scale=loader.config.softmax_scale,
+        scale=latent.softmax_scale,
     )
 
 

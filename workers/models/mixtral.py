@@ -14,5 +14,5 @@ def load_layer(loader: Loader, n: int) -> DecoderLayer:
         input_norm=ck.get(p + "input_layernorm.weight"),
         attention=loader.attention(p + "self_attn.", norm=None),
         post_norm=ck.get(p + "post_attention_layernorm.weight"),
-        mlp=loader.moe(p + moe, projections=("w1", "w3", "w2")),
+        moe=loader.moe(p + moe, projections=("w1", "w3", "w2")),
     )

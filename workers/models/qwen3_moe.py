@@ -18,5 +18,5 @@ def load_layer(loader: Loader, n: int) -> DecoderLayer:
         input_norm=ck.get(p + "input_layernorm.weight"),
         attention=loader.attention(p + "self_attn.", norm),
         post_norm=ck.get(p + "post_attention_layernorm.weight"),
-        mlp=loader.moe(p + "mlp."),
+        moe=loader.moe(p + "mlp."),
     )

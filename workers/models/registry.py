@@ -9,7 +9,7 @@ import torch
 from ...kernels import MoeRunner
 from ..comm import Comm
 from ..config import ModelConfig
-from ..rope import RotaryEmbedding
+from ..rope import RotaryEmbedding, inverse_frequencies
 from ..shard import Shard
 from ..weights import Checkpoint
 from . import deepseek, mixtral, olmoe, qwen2_moe, qwen3_moe
@@ -48,13 +48,12 @@ def load_model(
         head = checkpoint.get("lm_head.weight")
     loader = Loader(config, shard, checkpoint, comm, runner)
     load_layer = LAYERS[config.model_type]
+    frequencies, scaling = inverse_frequencies(config.rope_dim, config.rope_theta, config.yarn)
     return Decoder(
         embed=embed,
         layers=[load_layer(loader, n) for n in range(config.num_layers)],
         norm=checkpoint.get("model.norm.weight"),
         head=head,
-        rope=RotaryEmbedding(
-            config.rope_dim, config.rope_theta, max_positions, device, config.yarn
-        ),
+        rope=RotaryEmbedding(frequencies, scaling, max_positions, device),
         eps=config.rms_norm_eps,
     )

@@ -1,4 +1,4 @@
-"""Rotary embeddings are those of transformers, plain and stretched by YaRN."""
+"""Rotary embeddings are those of transformers, plain and stretched by YaRN, in all families."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ import shutil
 
 import pytest
 import torch
-from loraplex.workers import EngineConfig, ModelUnsupported
+from loraplex.workers import ModelUnsupported
 from loraplex.workers.config import ModelConfig
-from loraplex.workers.rope import RotaryEmbedding
+from loraplex.workers.rope import RotaryEmbedding, inverse_frequencies
 from transformers import DeepseekV3Config, Qwen3MoeConfig
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
-    DeepseekV3RotaryEmbedding,
-    apply_rotary_pos_emb_interleave,
-)
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
 from .test_models import TOLERANCE, requests_for
@@ -48,21 +45,12 @@ def test_angles_are_those_of_transformers(tmp_path, scaling, latent):
     model = ModelConfig.from_folder(tmp_path)
     assert model.rope_dim == 24
     cpu = torch.device("cpu")
-    rope = RotaryEmbedding(model.rope_dim, model.rope_theta, 400, cpu, model.yarn)
+    frequencies = inverse_frequencies(model.rope_dim, model.rope_theta, model.yarn)
+    rope = RotaryEmbedding(*frequencies, 400, cpu)
     positions = torch.randint(400, (50,))
     expected = reference(torch.zeros(1), positions[None])
     for mine, theirs in zip(rope.at(positions), expected, strict=True):
         assert (mine[:, 0] - theirs[0]).abs().max() <= 1e-4
-
-
-def test_pairs_are_rotated_as_transformers_rotates_them():
-    q, k = torch.randn(7, 3, 16), torch.randn(7, 1, 16)
-    rope = RotaryEmbedding(16, 1e4, 100, torch.device("cpu"))
-    cos, sin = rope.at(torch.randint(100, (7,)))
-    expected = apply_rotary_pos_emb_interleave(q, k, cos[:, 0], sin[:, 0])
-    for x, theirs in zip((q, k), expected, strict=True):
-        mine = RotaryEmbedding.apply(RotaryEmbedding.paired(x), cos, sin)
-        assert torch.allclose(mine, theirs, atol=1e-6)
 
 
 def test_yarn_is_served_in_other_families(tmp_path, run, greedy):
@@ -93,16 +81,3 @@ def test_other_kinds_are_refused_by_name(tmp_path, kind):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ModelUnsupported, match=f"rope_type = '{kind}' isn't served"):
         ModelConfig.from_folder(tmp_path)
-
-
-def test_published_names_of_the_fields_are_read(tmp_path):
-    """`rope_scaling` and `type`, as before transformers 5, with the theta beside them."""
-    raw = Qwen3MoeConfig().to_dict()
-    del raw["rope_parameters"]
-    raw |= {"rope_theta": 5e6, "rope_scaling": {"type": "yarn", "factor": 4.0}}
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    model = EngineConfig(str(tmp_path)).model
-    assert model.rope_theta == 5e6
-    assert model.yarn is not None
-    assert (model.yarn.factor, model.yarn.beta_fast) == (4.0, 32.0)
-    assert model.yarn.original_positions == model.max_position_embeddings
