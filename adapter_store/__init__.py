@@ -1,7 +1,7 @@
 """Loraplex."""
 
 # Formats: what an adapter is, from the upload to the pack file.
-from .base_model import BaseModel, DenseTarget
+from .base_model import BaseModel
 from .canonical import (
     CanonicalAdapter,
     CanonicalLayer,
@@ -10,6 +10,7 @@ from .canonical import (
     canonical_adapter,
     canonical_layer,
 )
+from .dense_targets import DenseTarget
 from .digest import DIGEST_VERSION, adapter_digest
 from .errors import (
     REFUSAL_CODES,

@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from .dense_targets import DenseTarget, dense_targets, head_dim, moe_layers
 from .errors import AdapterRefused, BaseModelError
 from .safetensors_header import read_header
-
-Cut = Literal["column", "row"]
 
 # Where a family's config has the intermediate size of one expert.
 _EXPERT_SIZE_FIELDS = {
@@ -21,6 +21,8 @@ _EXPERT_SIZE_FIELDS = {
     "mixtral": "intermediate_size",
     "qwen2_moe": "moe_intermediate_size",
     "gpt_oss": "intermediate_size",
+    "deepseek_v2": "moe_intermediate_size",
+    "deepseek_v3": "moe_intermediate_size",
 }
 SUPPORTED_MODEL_TYPES = tuple(_EXPERT_SIZE_FIELDS)
 
@@ -42,20 +44,14 @@ _FINGERPRINT_FIELDS = (
     "decoder_sparse_step",
     "mlp_only_layers",
     "tie_word_embeddings",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_shared_experts",
+    "first_k_dense_replace",
 )
 _SAMPLE_BYTES = 64 * 1024  # hashed from each end of each shard's data
-
-
-@dataclass(frozen=True)
-class DenseTarget:
-    """A dense projection that adapters may target. Weight shape [out, in_].
-
-    `cut` says which dimension tensor parallelism divides: "column" cuts out, "row" cuts in_.
-    """
-
-    out: int
-    in_: int
-    cut: Cut
 
 
 @dataclass(frozen=True)
@@ -66,8 +62,9 @@ class BaseModel:
         name: the name it is served under.
         fingerprint: sha256 hex of config shapes, safetensors headers and samples of the weights.
         hidden: model width H. moe_intermediate: width I of one expert.
-        dense_targets: the attention projections, by name as in `self_attn.<name>`, and those of
-            a shared expert, as "shared_expert.<name>".
+        dense_targets: the attention projections, by name as in `self_attn.<name>`; those of shared
+            experts, as "shared_expert.<name>" or as the family calls them; those of layers without
+            experts, as "mlp.<name>".
         moe_layers: indices of the layers that hold experts.
         accepted_names: lower-case last path components that an adapter's
             `base_model_name_or_path` may have.
@@ -108,13 +105,11 @@ class BaseModel:
         config = _read_config(folder)
         name = served_name or folder.resolve().name
         names = (name, folder.resolve().name, config.get("_name_or_path") or "", *accepted_names)
-        hidden = _size(config, "hidden_size", folder)
-        heads = _size(config, "num_attention_heads", folder)
+        size = partial(_size, config, folder)
+        hidden, heads = size("hidden_size"), size("num_attention_heads")
         config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
-        config["head_dim"] = config.get("head_dim") or hidden // heads
-        kv_heads = _size(config, "num_key_value_heads", folder)
-        head_dim = _size(config, "head_dim", folder)
-        layers = _size(config, "num_hidden_layers", folder)
+        config["head_dim"] = head_dim(config, size)
+        layers = size("num_hidden_layers")
         return cls(
             name=name,
             fingerprint=_fingerprint(folder, config),
@@ -122,13 +117,12 @@ class BaseModel:
             num_layers=layers,
             hidden=hidden,
             num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            num_experts=_size(config, "num_experts", folder),
-            moe_intermediate=_size(config, _EXPERT_SIZE_FIELDS[config["model_type"]], folder),
-            dense_targets=_attention_targets(hidden, heads, kv_heads, head_dim)
-            | _shared_expert_targets(config, hidden, folder),
-            moe_layers=_moe_layers(config, layers),
+            num_kv_heads=size("num_key_value_heads"),
+            head_dim=size("head_dim"),
+            num_experts=size("num_experts"),
+            moe_intermediate=size(_EXPERT_SIZE_FIELDS[config["model_type"]]),
+            dense_targets=dense_targets(config, size),
+            moe_layers=moe_layers(config, layers),
             accepted_names=tuple(sorted({last_component(n) for n in names} - {""})),
         )
 
@@ -183,38 +177,6 @@ def last_component(name: str) -> str:
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
 
 
-def _attention_targets(
-    hidden: int, heads: int, kv_heads: int, head_dim: int
-) -> dict[str, DenseTarget]:
-    q, kv = heads * head_dim, kv_heads * head_dim
-    return {
-        "q_proj": DenseTarget(q, hidden, "column"),
-        "k_proj": DenseTarget(kv, hidden, "column"),
-        "v_proj": DenseTarget(kv, hidden, "column"),
-        "o_proj": DenseTarget(hidden, q, "row"),
-    }
-
-
-def _shared_expert_targets(
-    config: Mapping[str, Any], hidden: int, folder: Path
-) -> dict[str, DenseTarget]:
-    if config["model_type"] != "qwen2_moe":
-        return {}
-    inter = _size(config, "shared_expert_intermediate_size", folder)
-    return {
-        "shared_expert.gate_proj": DenseTarget(inter, hidden, "column"),
-        "shared_expert.up_proj": DenseTarget(inter, hidden, "column"),
-        "shared_expert.down_proj": DenseTarget(hidden, inter, "row"),
-    }
-
-
-def _moe_layers(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    """Qwen3-MoE's rule: every `decoder_sparse_step`-th layer, but for `mlp_only_layers`."""
-    step = config.get("decoder_sparse_step", 1)
-    dense = set(config.get("mlp_only_layers") or ())
-    return tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     try:
@@ -234,13 +196,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{file}: model_type {model_type!r} isn't supported; "
             f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    # transformers 5 writes the number of experts under another name.
-    if "num_local_experts" in config:
-        config.setdefault("num_experts", config["num_local_experts"])
+    # transformers 5 writes the number of experts under another name, DeepSeek under a third.
+    for name in ("num_local_experts", "n_routed_experts"):
+        if name in config:
+            config.setdefault("num_experts", config[name])
     return config
 
 
-def _size(config: Mapping[str, Any], field: str, folder: Path) -> int:
+def _size(config: Mapping[str, Any], folder: Path, field: str) -> int:
     value = config.get(field)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise BaseModelError(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from .base_model import Cut
+from .dense_targets import Cut
 
 MAGIC = b"LRPXPACK"
 PACK_VERSION = 1

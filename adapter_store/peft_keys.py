@@ -27,7 +27,11 @@ _KEY = re.compile(
     r"(?P<module>(?:model\.)?layers\.(?P<layer>[0-9]{1,5})\.(?P<rest>[A-Za-z0-9_.]{1,200}))"
     r"\.lora_(?P<side>[AB])(?:\.default)?\.weight"
 )
-_DENSE = re.compile(r"self_attn\.(?P<target>[a-z_]+)|mlp\.(?P<shared>shared_expert\.[a-z_]+)")
+_DENSE = re.compile(
+    r"self_attn\.(?P<attention>[a-z_]+)"
+    r"|mlp\.(?P<shared>shared_experts?\.[a-z_]+)"
+    r"|(?P<mlp>mlp\.[a-z_]+)"
+)
 _EXPERT = re.compile(
     r"(?:mlp|block_sparse_moe)\.experts\.(?P<expert>[0-9]{1,6})"
     rf"\.(?P<projection>{'|'.join(_PROJECTIONS)})"
@@ -49,7 +53,7 @@ _TELLING = {
 
 @dataclass(frozen=True)
 class DenseSite:
-    """A projection of attention or of a shared expert.
+    """A projection of attention, of a shared expert or of a layer without experts.
 
     `module` is its full name, as PEFT matches it; `target` its name in the base's dense targets.
     """
@@ -99,9 +103,11 @@ def parse_key(name: str, base: BaseModel) -> tuple[Site, Side]:
         raise _unknown(name, f"{base.name} has layers 0 to {base.num_layers - 1}")
     side: Side = "A" if match["side"] == "A" else "B"
     dense = _DENSE.fullmatch(rest)
-    if dense and (target := dense["target"] or dense["shared"]) in base.dense_targets:
+    if dense and (target := dense[dense.lastgroup or 0]) in base.dense_targets:
         if dense["shared"]:
             _check_moe_layer(name, layer, base)
+        elif dense["mlp"] and layer in base.moe_layers:
+            raise _unsupported(name, f"layer {layer} of {base.name} has experts in place of {rest}")
         return DenseSite(layer, module, target), side
     if fused := _FUSED.fullmatch(rest):
         _check_moe_layer(name, layer, base)
@@ -117,10 +123,20 @@ def parse_key(name: str, base: BaseModel) -> tuple[Site, Side]:
         raise _unsupported(name, "adapting the router isn't served")
     if rest == "mlp.shared_expert_gate":
         raise _unsupported(name, "adapting the gate of the shared expert isn't served")
+    if rest == "self_attn.kv_b_proj" and "kv_a_proj_with_mqa" in base.dense_targets:
+        raise _unsupported(
+            name,
+            "adapting kv_b_proj isn't served: the cache holds latents, which all adapters expand "
+            f"alike; train the adapter on {', '.join(_attention(base))} instead",
+        )
     served = ", ".join(base.dense_targets)
     raise _unsupported(
         name, f"{rest} isn't served; adapters may target {served} and the experts' projections"
     )
+
+
+def _attention(base: BaseModel) -> list[str]:
+    return [target for target in base.dense_targets if "." not in target]
 
 
 def _check_moe_layer(name: str, layer: int, base: BaseModel) -> None:

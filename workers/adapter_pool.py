@@ -26,6 +26,7 @@ from ..kernels import (
     ExpertLoraTables,
 )
 from .config import ModelConfig
+from .dense_groups import DenseGroup, dense_groups
 from .errors import AdapterTooLarge, PoolFull, WorkerError
 from .pool_pages import BlockLayout, Pages
 from .shard import Shard
@@ -95,17 +96,12 @@ class AdapterPool:
         self.max_slots = max_slots
         self._runs: dict[int, list[tuple[int, int]]] = {}
         self.experts: list[ExpertLoraTables] = []
-        self.qkv: list[DenseLoraTables] = []
-        self.o: list[DenseLoraTables] = []
-        self.shared_gate_up: list[DenseLoraTables] = []  # empty without shared experts
-        self.shared_down: list[DenseLoraTables] = []
-        for _ in range(model.num_layers):
-            self.experts.append(self._expert_tables())
-            self.qkv.append(self._dense_tables((shard.q_size, shard.kv_size, shard.kv_size)))
-            self.o.append(self._dense_tables((model.hidden_size,), a_transposed=True))
-            if model.shared_expert_size:
-                self.shared_gate_up.append(self._dense_tables((shard.shared_intermediate,) * 2))
-                self.shared_down.append(self._dense_tables((model.hidden_size,), a_transposed=True))
+        self.dense: list[dict[str, DenseLoraTables]] = []  # of each layer, as in `dense_groups`
+        for layer in range(model.num_layers):
+            experts = model.num_experts if layer >= model.dense_layers else 0
+            self.experts.append(self._expert_tables(experts))
+            groups = dense_groups(shard, layer)
+            self.dense.append({name: self._dense_tables(group) for name, group in groups.items()})
 
     @property
     def total_bytes(self) -> int:
@@ -171,7 +167,7 @@ class AdapterPool:
                 offsets[slot] = -1
             tables.rank[slot] = 0
             tables.layout[slot] = 0
-        for tables in (*self.qkv, *self.o, *self.shared_gate_up, *self.shared_down):
+        for tables in (tables for layer in self.dense for tables in layer.values()):
             tables.offset_a[slot] = -1
             tables.offset_b[slot] = -1
             tables.rank[slot] = 0
@@ -333,16 +329,12 @@ class AdapterPool:
             tables.layout[slot] = bits
 
     def _dense_homes(self, layer: int) -> Iterator[tuple[str, DenseLoraTables, int]]:
-        for p, name in enumerate(("q_proj", "k_proj", "v_proj")):
-            yield name, self.qkv[layer], p
-        yield "o_proj", self.o[layer], 0
-        if self.shared_down:
-            yield "shared_expert.gate_proj", self.shared_gate_up[layer], 0
-            yield "shared_expert.up_proj", self.shared_gate_up[layer], 1
-            yield "shared_expert.down_proj", self.shared_down[layer], 0
+        for name, group in dense_groups(self._shard, layer).items():
+            for p, target in enumerate(group.targets):
+                yield target, self.dense[layer][name], p
 
-    def _expert_tables(self) -> ExpertLoraTables:
-        s, e = self.max_slots, self._model.num_experts
+    def _expert_tables(self, experts: int) -> ExpertLoraTables:
+        s, e = self.max_slots, experts
 
         def offsets() -> torch.Tensor:
             return torch.full((s, e), -1, dtype=torch.int64, device=self._device)
@@ -360,18 +352,16 @@ class AdapterPool:
             rank_multiple=self._multiple,
         )
 
-    def _dense_tables(
-        self, out_sizes: tuple[int, ...], a_transposed: bool = False
-    ) -> DenseLoraTables:
-        s, p = self.max_slots, len(out_sizes)
+    def _dense_tables(self, group: DenseGroup) -> DenseLoraTables:
+        s, p = self.max_slots, len(group.targets)
         return DenseLoraTables(
             pool=self.buffer,
             offset_a=torch.full((s, p), -1, dtype=torch.int64, device=self._device),
             offset_b=torch.full((s, p), -1, dtype=torch.int64, device=self._device),
             rank=torch.zeros(s, p, dtype=torch.int32, device=self._device),
             scale=torch.zeros(s, p, dtype=torch.float32, device=self._device),
-            out_sizes=out_sizes,
-            a_transposed=a_transposed,
+            out_sizes=group.out_sizes,
+            a_transposed=group.input_cut,
             max_rank=self._stored(self._max_rank),
             rank_multiple=self._multiple,
         )

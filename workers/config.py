@@ -8,9 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .deepseek_config import LatentSizes, RoutingGroups
 from .errors import ModelFilesInvalid, ModelUnsupported
 from .families import (
     FAMILIES,
+    Family,
     layer_windows,
     quant_method,
     rope_parameters,
@@ -45,8 +47,17 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     shared_expert_size: int = 0  # intermediate size; 0: there is none
+    dense_layers: int = 0  # the first layers, which have an MLP of dense_size and no experts
+    dense_size: int = 0
+    latent: LatentSizes | None = None  # where attention is by latents; num_kv_heads is 1 then
+    routing_groups: RoutingGroups | None = None
     swiglu_clamp: tuple[float, float] | None = None  # gpt-oss's (alpha, limit); None: plain SwiGLU
     quantisation: str | None = None  # of the checkpoint; in memory nothing is quantised
+
+    @property
+    def rope_dim(self) -> int:
+        """Size of the rotated part of a head."""
+        return self.head_dim if self.latent is None else self.latent.rope
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
@@ -72,47 +83,78 @@ class ModelConfig:
                 f"{path}: model_type {raw.get('model_type')!r} isn't served; "
                 f"served: {', '.join(FAMILIES)}"
             )
-        for name, value in unserved_options(raw, family).items():
-            raise ModelUnsupported(f"{path}: {name} = {value!r} isn't served")
+        _check_served(path, raw, family)
         try:
             windows = layer_windows(raw, family)
         except ValueError as e:
             raise ModelFilesInvalid(f"{path}: {e}") from None
         rope = rope_parameters(raw, family)
-        max_positions = raw["max_position_embeddings"]
+        heads, positions = raw["num_attention_heads"], raw["max_position_embeddings"]
+        yarn = Yarn.from_parameters(rope, positions) if rope_type(rope) == "yarn" else None
+        latent = LatentSizes.from_config(raw, rope, yarn) if family.latent else None
         attention_bias = family.attention_bias and raw.get("attention_bias", True)
-        heads = raw["num_attention_heads"]
+        dense_layers = (raw.get("first_k_dense_replace") or 0) if family.latent else 0
         return cls(
             model_type=raw["model_type"],
             vocab_size=raw["vocab_size"],
             hidden_size=raw["hidden_size"],
             num_layers=raw["num_hidden_layers"],
             num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            num_experts=raw.get("num_experts") or raw["num_local_experts"],
+            num_kv_heads=1 if latent else raw.get("num_key_value_heads") or heads,
+            head_dim=(
+                latent.head if latent else raw.get("head_dim") or raw["hidden_size"] // heads
+            ),
+            num_experts=_num_experts(raw),
             top_k=raw["num_experts_per_tok"],
             moe_intermediate_size=raw[family.expert_size_field],
             norm_topk_prob=raw.get("norm_topk_prob", family.norm_topk_prob),
             rms_norm_eps=raw["rms_norm_eps"],
             rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or family.rope_theta),
-            max_position_embeddings=max_positions,
+            max_position_embeddings=positions,
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             eos_token_ids=_eos_ids(Path(folder), raw),
             layer_windows=windows,
-            yarn=Yarn.from_parameters(rope, max_positions) if rope_type(rope) == "yarn" else None,
+            yarn=yarn,
             qkv_bias=attention_bias or raw.get("qkv_bias", family.qkv_bias),
             o_bias=attention_bias,
-            shared_expert_size=(
-                raw["shared_expert_intermediate_size"] if family.shared_expert else 0
-            ),
-            swiglu_clamp=(
-                (raw.get("swiglu_alpha", 1.702), raw.get("swiglu_limit", 7.0))
-                if family.clamped_swiglu
-                else None
-            ),
+            shared_expert_size=_shared_size(raw, family),
+            dense_layers=dense_layers,
+            dense_size=raw["intermediate_size"] if dense_layers else 0,
+            latent=latent,
+            routing_groups=RoutingGroups.from_config(raw) if family.latent else None,
+            swiglu_clamp=_swiglu_clamp(raw, family),
             quantisation=quant_method(raw),
         )
+
+
+def _check_served(path: Path, raw: dict[str, Any], family: Family) -> None:
+    quantisation = quant_method(raw)
+    if quantisation is not None and quantisation not in family.quantisations:
+        readable = " or ".join(["in bfloat16", *sorted(family.quantisations)])
+        raise ModelUnsupported(
+            f"{path}: weights quantised by {quantisation!r} (quantization_config) aren't served; "
+            f"give the checkpoint {readable}"
+        )
+    for name, value in unserved_options(raw, family).items():
+        raise ModelUnsupported(f"{path}: {name} = {value!r} isn't served")
+
+
+def _num_experts(config: dict[str, Any]) -> int:
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next(config[name] for name in names if config.get(name))
+
+
+def _shared_size(config: dict[str, Any], family: Family) -> int:
+    """Intermediate size of the shared experts, which are one MLP where there are several."""
+    if family.latent:
+        return (config.get("n_shared_experts") or 0) * config["moe_intermediate_size"]
+    return config["shared_expert_intermediate_size"] if family.shared_expert else 0
+
+
+def _swiglu_clamp(config: dict[str, Any], family: Family) -> tuple[float, float] | None:
+    if not family.clamped_swiglu:
+        return None
+    return config.get("swiglu_alpha", 1.702), config.get("swiglu_limit", 7.0)
 
 
 def _eos_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:

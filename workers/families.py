@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .deepseek_config import unserved_deepseek_options
+
 
 @dataclass(frozen=True)
 class Family:
@@ -25,6 +27,7 @@ class Family:
             `use_sliding_window` says so; "switched some": then those that `layer_types` names;
             "some": those always.
         sliding_window: where the config has none.
+        latent: multi-head latent attention, and DeepSeek's experts, routing and dense layers.
     """
 
     expert_size_field: str = "moe_intermediate_size"
@@ -38,6 +41,7 @@ class Family:
     quantisations: frozenset[str] = frozenset()
     windows: Literal["all", "switched", "switched some", "some"] = "all"
     sliding_window: int | None = None
+    latent: bool = False
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -69,6 +73,8 @@ FAMILIES: Mapping[str, Family] = {
         windows="some",
         sliding_window=128,
     ),
+    "deepseek_v2": Family(latent=True),
+    "deepseek_v3": Family(norm_topk_prob=True, latent=True),
 }
 
 
@@ -117,7 +123,6 @@ def unserved_options(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     rope = rope_parameters(raw, family)
     dense_step = raw.get("decoder_sparse_step", 1)
     kind = rope_type(rope)
-    quantisation = quant_method(raw)
     values = {
         "rope_type": None if kind in ("default", "yarn") else kind,
         "partial_rotary_factor": _unless(
@@ -128,9 +133,9 @@ def unserved_options(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
         "mlp_only_layers": raw.get("mlp_only_layers"),
         "decoder_sparse_step": _unless(dense_step, 1),
         "hidden_act": _unless(raw.get("hidden_act"), "silu"),
-        "quant_method": None if quantisation in family.quantisations else quantisation,
     }
-    return {name: value for name, value in values.items() if value}
+    unserved = {name: value for name, value in values.items() if value}
+    return unserved | (unserved_deepseek_options(raw) if family.latent else {})
 
 
 def quant_method(raw: Mapping[str, Any]) -> str | None:

@@ -16,28 +16,13 @@ from .adapter_pool import AdapterPool
 from .attention import AttentionBatch, PagedKVCache
 from .comm import Comm
 from .rope import RotaryEmbedding
+from .routing import Routing
 from .shard import Shard
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., N] normalised in float32, scaled by weight [N]."""
     return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
-
-
-def route(logits: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax routing.
-
-    Args:
-        logits: [T, E]
-
-    Returns:
-        weights float32 [T, K] and expert ids int32 [T, K].
-    """
-    probs = torch.softmax(logits.float(), dim=-1)
-    weights, ids = probs.topk(top_k, dim=-1)
-    if renormalise:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights, ids.to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -119,7 +104,7 @@ class Attention:
         s, t, d = self.shard, h.shape[0], self.shard.model.head_dim
         qkv = F.linear(h, self.qkv, self.qkv_bias)
         if step.lora is not None:
-            lora_linear_(qkv, h, step.pool.qkv[n], step.lora)
+            lora_linear_(qkv, h, step.pool.dense[n]["qkv"], step.lora)
         q, k, v = qkv.split((s.q_size, s.kv_size, s.kv_size), dim=-1)
         if self.norm is not None:
             q, k = self.norm(q, k)
@@ -129,48 +114,57 @@ class Attention:
         o = step.cache.attend(n, q, k, v, step.attention, window=self.window, sinks=self.sinks)
         y = F.linear(o, self.o, self.o_bias)
         if step.lora is not None:
-            lora_linear_(y, o, step.pool.o[n], step.lora)
+            lora_linear_(y, o, step.pool.dense[n]["o"], step.lora)
         return self.comm.all_reduce(y)
 
 
 @dataclass(frozen=True)
-class SharedExpert:
-    """An expert that every token goes through, weighed by a gate of its own."""
+class Mlp:
+    """What every token goes through: shared experts, or the whole of a layer without experts."""
 
     gate_up: torch.Tensor  # [2 I, H]
     down: torch.Tensor  # [H, I]
-    gate: torch.Tensor  # [1, H]
+    gate: torch.Tensor | None = None  # [1, H], weighs the output where a family has that
 
     def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
         """This rank's part of the sum."""
         gate_up = F.linear(h, self.gate_up)
         if step.lora is not None:
-            lora_linear_(gate_up, h, step.pool.shared_gate_up[n], step.lora)
+            lora_linear_(gate_up, h, step.pool.dense[n]["gate_up"], step.lora)
         gate, up = gate_up.chunk(2, dim=-1)
         x = F.silu(gate) * up
         y = F.linear(x, self.down)
         if step.lora is not None:
-            lora_linear_(y, x, step.pool.shared_down[n], step.lora)
-        return torch.sigmoid(F.linear(h, self.gate)) * y
+            lora_linear_(y, x, step.pool.dense[n]["down"], step.lora)
+        return y if self.gate is None else torch.sigmoid(F.linear(h, self.gate)) * y
+
+
+@dataclass(frozen=True)
+class DenseBlock:
+    """The MLP of a layer without experts."""
+
+    comm: Comm
+    mlp: Mlp
+
+    def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
+        return self.comm.all_reduce(self.mlp(n, h, step))
 
 
 @dataclass(frozen=True)
 class MoeBlock:
-    """Routed experts, and the shared one of families that have it."""
+    """Routed experts, and the shared ones of families that have them."""
 
     comm: Comm
     runner: MoeRunner
-    router: torch.Tensor  # [E, H]
+    router: torch.Tensor  # [E, H], in the dtype that logits are wanted in
     experts: MoeWeights
-    top_k: int
-    norm_topk_prob: bool
-    shared: SharedExpert | None = None
+    routing: Routing
+    shared: Mlp | None = None
     router_bias: torch.Tensor | None = None  # [E]
 
     def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
-        weights, ids = route(
-            F.linear(h, self.router, self.router_bias), self.top_k, self.norm_topk_prob
-        )
+        logits = F.linear(h.to(self.router.dtype), self.router, self.router_bias)
+        weights, ids = self.routing(logits)
         y = self.runner(h, self.experts, weights, ids, step.pool.experts[n], step.lora)
         if self.shared is not None:
             y = y + self.shared(n, h, step)

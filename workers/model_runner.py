@@ -35,14 +35,17 @@ class ModelRunner:
         self._config, self._comm = config, comm
         shard = Shard(model, comm.rank, comm.size)
         self.kv_blocks = config.kv_tokens // config.block_size
+        latent = model.latent
         self.cache = PagedKVCache(
             model.num_layers,
             self.kv_blocks,
             config.block_size,
             shard.kv_heads,
-            model.head_dim,
+            latent.cached if latent else model.head_dim,
             self.dtype,
             self.device,
+            value_dim=latent.kv_rank if latent else None,
+            latent=latent is not None,
         )
         self.pool = AdapterPool(
             model,

@@ -55,13 +55,20 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
-    def get(self, name: str, rows: slice | None = None, cols: slice | None = None) -> torch.Tensor:
-        """The tensor `name`, cut to `rows` of dim 0 and `cols` of dim 1, in the model's dtype.
+    def get(
+        self,
+        name: str,
+        rows: slice | None = None,
+        cols: slice | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """The tensor `name`, cut to `rows` of dim 0 and `cols` of dim 1, in the model's dtype or in
+        `dtype`.
 
         Raises:
             ModelFilesInvalid: no shard holds that name.
         """
-        return self._read(name, rows, cols).to(device=self.device, dtype=self.dtype)
+        return self._read(name, rows, cols).to(device=self.device, dtype=dtype or self.dtype)
 
     def stored(
         self, name: str, rows: slice | None = None, cols: slice | None = None

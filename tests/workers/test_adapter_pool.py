@@ -184,7 +184,7 @@ def packed(adapter: CanonicalAdapter, folder: Path) -> Pack:
 
 
 def tables_of(pool: AdapterPool) -> list[ExpertLoraTables | DenseLoraTables]:
-    return [*pool.experts, *pool.qkv, *pool.o]
+    return [*pool.experts, *(tables for layer in pool.dense for tables in layer.values())]
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
@@ -244,7 +244,7 @@ def test_padding_changes_no_result(demo, tmp_path, kind):
     def results(moe: MoeBackend, lora_linear_, **options) -> list[torch.Tensor]:
         pool = pool_for(demo, adapter, **options)
         pool.load(1, pack)
-        dense = [step.dense(lora_linear_, tables[0]) for tables in (pool.qkv, pool.o)]
+        dense = [step.dense(lora_linear_, tables) for tables in pool.dense[0].values()]
         return [step.experts(moe, pool.experts[0]), *dense]
 
     expected = results(TorchBackend(), kernels.lora_linear_)

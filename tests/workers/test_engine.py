@@ -96,7 +96,7 @@ def test_abort_frees_blocks_and_slots(demo, make_engine, greedy):
 def test_nonfinite_logits_fail_that_request_alone(demo, make_engine, run, greedy):
     engine = make_engine()
     run(engine, [greedy("warm", [10], demo.refs["devil"]), greedy("w2", [10], demo.refs["hacker"])])
-    tables = engine._runner.pool.o[0]
+    tables = engine._runner.pool.dense[0]["o"]
     slot = engine._residency.acquire(demo.refs["devil"])[0]
     engine._residency.release(slot)
     offset = int(tables.offset_b[slot, 0])

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     GptOssConfig,
     MixtralConfig,
     OlmoeConfig,
@@ -26,7 +28,7 @@ from transformers import (
 
 from .conftest import TENANT, LocalPacks
 
-VOCAB, LAYERS, HIDDEN, INTER, SHARED, EXPERTS = 128, 2, 64, 32, 48, 6
+VOCAB, LAYERS, HIDDEN, INTER, SHARED, DENSE, EXPERTS = 128, 2, 64, 32, 48, 72, 6
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
@@ -40,6 +42,37 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "pad_token_id": None,
 }
+# DeepSeek's: layer 0 has no experts; two shared ones. V2 comes as its Lite has it and as the large
+# one has it.
+_LATENT: dict[str, Any] = {
+    **_SIZES,
+    "num_key_value_heads": 4,
+    "n_routed_experts": EXPERTS,
+    "moe_intermediate_size": INTER,
+    "intermediate_size": DENSE,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
+}
+
+
+def _yarn(mscale: float, mscale_all_dim: float) -> dict[str, Any]:
+    return {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": mscale,
+        "mscale_all_dim": mscale_all_dim,
+    }
+
+
+# By a name that begins with the family's.
 CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3_moe": Qwen3MoeConfig(
         **_SIZES, num_experts=EXPERTS, moe_intermediate_size=INTER, head_dim=24, norm_topk_prob=True
@@ -70,11 +103,37 @@ CONFIGS: dict[str, PreTrainedConfig] = {
             "original_max_position_embeddings": 64,
         },
     ),
+    "deepseek_v2": DeepseekV2Config(**_LATENT, q_lora_rank=None, topk_method="greedy"),
+    "deepseek_v2 grouped": DeepseekV2Config(
+        **_LATENT,
+        q_lora_rank=40,
+        n_group=2,
+        topk_group=1,  # of two experts one is often another than without groups
+        topk_method="group_limited_greedy",
+        routed_scaling_factor=3.0,
+        rope_parameters=_yarn(0.707, 0.9),
+    ),
+    "deepseek_v3": DeepseekV3Config(
+        **_LATENT,
+        q_lora_rank=40,
+        n_group=3,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        rope_parameters=_yarn(1.0, 1.0),
+    ),
 }
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ATTENTION = {name: ["q_proj", "k_proj", "v_proj", "o_proj"] for name in CONFIGS}
+ATTENTION["deepseek_v2"] = ["q_proj", "kv_a_proj_with_mqa", "o_proj"]
+for _name in ("deepseek_v2 grouped", "deepseek_v3"):
+    ATTENTION[_name] = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 EXPERT_MODULES = dict.fromkeys(CONFIGS, ("mlp.experts", PROJECTIONS))
 EXPERT_MODULES["mixtral"] = ("block_sparse_moe.experts", ("w1", "w3", "w2"))
+# What every token goes through beside the routed experts, and its intermediate size.
+SHARED_MODULES = {
+    name: ("mlp.shared_experts", 2 * INTER) for name in CONFIGS if name.startswith("deepseek")
+}
+SHARED_MODULES["qwen2_moe"] = ("mlp.shared_expert", SHARED)
 
 
 @dataclass
@@ -98,8 +157,10 @@ class TinyModel:
     def oracle(self, adapter: str | None) -> nn.Module:
         """The model as transformers and PEFT run it."""
         model = _load(self.folder)
-        if adapter == "per expert" and self.family in ("qwen2_moe", "gpt_oss"):
-            _merge(model, self.adapters[adapter])  # PEFT can't load these for fused experts
+        if adapter == "per expert" and (self.family == "gpt_oss" or self.family in SHARED_MODULES):
+            # PEFT would leave out the shared experts' (DeepSeek) or the routed ones' (Qwen2), and
+            # can't load these for gpt-oss.
+            _merge(model, self.adapters[adapter])
         elif adapter is not None:
             model = peft.PeftModel.from_pretrained(model, self.adapters[adapter])
         return model.eval()
@@ -114,20 +175,23 @@ def make_tiny_model(family: str, folder: Path) -> TinyModel:
             # Norms begin as 1 and biases as 0, which would prove little.
             if parameter.ndim == 1 or name.endswith("bias"):
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn_like(buffer))
     model.save_pretrained(folder / "model")
     # All experts of a layer in two tensors, under the names that transformers 5 has in memory.
     model.save_pretrained(folder / "fused", save_original_format=False)
 
     tiny = TinyModel(family, folder / "model", BaseModel.from_folder(folder / "model"))
-    projections = EXPERT_MODULES[family][1]
+    attention, projections = ATTENTION[family], EXPERT_MODULES[family][1]
     formats: dict[str, dict[str, Any]] = {
-        "attention": {"target_modules": ATTENTION},
+        "attention": {"target_modules": attention},
         "fused parameters": {
-            "target_modules": ["q_proj", "v_proj"],
+            "target_modules": attention[::2],
             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
             "use_rslora": True,
         },
-        "expert modules": {"target_modules": [*ATTENTION, *projections]},
+        "expert modules": {"target_modules": [*attention, *projections]},
     }
     if family == "qwen2_moe":
         # Here PEFT leaves module names as they are, so "expert modules" is the shared expert alone.
@@ -143,7 +207,7 @@ def make_tiny_model(family: str, folder: Path) -> TinyModel:
         # Its experts have no modules to name.
         del formats["expert modules"]
         formats["attention and fused parameters"] = {
-            "target_modules": ATTENTION,
+            "target_modules": attention,
             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
             "rank_pattern": {"gate_up_proj": 12, "down_proj": 5},
         }
@@ -151,6 +215,13 @@ def make_tiny_model(family: str, folder: Path) -> TinyModel:
             "target_modules": ["k_proj"],
             "target_parameters": ["mlp.experts.down_proj"],
         }
+    if family.startswith("deepseek"):
+        # Names of modules mean the routed experts alone to PEFT; these it finds as parameters only.
+        for what, module in (("shared experts", "shared_experts"), ("dense layers", "mlp")):
+            formats[f"{what} as parameters"] = {
+                "target_modules": ["kv_a_proj_with_mqa"],
+                "target_parameters": [f"{module}.{name}.weight" for name in PROJECTIONS],
+            }
     for name, config in formats.items():
         _save_adapter(tiny, folder / "adapters" / name, config)
     _save_per_expert(tiny, folder / "adapters" / "per expert")
@@ -185,9 +256,10 @@ def _save_per_expert(tiny: TinyModel, folder: Path) -> None:
     experts, (gate, up, down) = EXPERT_MODULES[tiny.family]
     rank, tensors = 4, {}
     sizes = {f"{experts}.{e}": INTER for e in range(EXPERTS)}
-    if tiny.family == "qwen2_moe":
-        sizes["mlp.shared_expert"] = SHARED
-    for layer, (expert, inter) in product(range(LAYERS), sizes.items()):
+    sizes |= dict([SHARED_MODULES[tiny.family]] if tiny.family in SHARED_MODULES else [])
+    modules = [(layer, *size) for layer, size in product(tiny.base.moe_layers, sizes.items())]
+    modules += [(n, "mlp", DENSE) for n in range(LAYERS) if n not in tiny.base.moe_layers]
+    for layer, expert, inter in modules:
         for name, in_, out in ((gate, HIDDEN, inter), (up, HIDDEN, inter), (down, inter, HIDDEN)):
             module = f"base_model.model.model.layers.{layer}.{expert}.{name}"
             tensors[f"{module}.lora_A.weight"] = 0.15 * torch.randn(rank, in_)
@@ -212,7 +284,7 @@ def _merge(model: nn.Module, folder: Path) -> None:
     for key in (k for k in tensors if ".lora_A." in k):
         delta = 2 * tensors[key.replace("lora_A", "lora_B")] @ tensors[key]  # alpha / rank = 2
         path, _, name = key[len("base_model.model.") : -len(".lora_A.weight")].rpartition(".")
-        if path.endswith("shared_expert"):
+        if ".experts." not in path:
             weight = model.get_parameter(f"{path}.{name}.weight").data
         else:
             experts, _, number = path.rpartition(".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +12,22 @@ import torch.nn.functional as F
 from ...kernels import LoraBatch
 from ..adapter_pool import AdapterPool
 from ..attention import AttentionBatch, PagedKVCache
-from ..layers import Attention, MoeBlock, StepContext, rms_norm
+from ..layers import StepContext, rms_norm
 from ..rope import RotaryEmbedding
+
+
+class Branch(Protocol):
+    """What is added to the hidden states [T, H] of layer `n`: attention, experts or an MLP."""
+
+    def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
 class DecoderLayer:
     input_norm: torch.Tensor  # [H]
-    attention: Attention
+    attention: Branch
     post_norm: torch.Tensor  # [H]
-    moe: MoeBlock
+    moe: Branch  # or, in a layer without experts, its MLP
 
 
 @dataclass(frozen=True)

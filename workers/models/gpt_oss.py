@@ -12,6 +12,7 @@ import torch
 
 from ...kernels import ClampedSwiglu, MoeWeights
 from ..layers import MoeBlock
+from ..routing import SoftmaxRouting
 from ..shard import Shard
 from ..weights import Checkpoint
 from .decoder import DecoderLayer
@@ -20,7 +21,7 @@ from .mxfp4 import BLOCK, dequantise
 
 
 def load_layer(loader: Loader, n: int) -> DecoderLayer:
-    ck, p, shard = loader.checkpoint, f"model.layers.{n}.", loader.shard
+    ck, p, shard, config = loader.checkpoint, f"model.layers.{n}.", loader.shard, loader.config
     heads = slice(shard.rank * shard.heads, (shard.rank + 1) * shard.heads)
     sinks = ck.get(p + "self_attn.sinks", rows=heads)
     return DecoderLayer(
@@ -33,8 +34,7 @@ def load_layer(loader: Loader, n: int) -> DecoderLayer:
             router=ck.get(p + "mlp.router.weight"),
             router_bias=ck.get(p + "mlp.router.bias"),
             experts=_experts(loader, p + "mlp.experts."),
-            top_k=loader.config.top_k,
-            norm_topk_prob=loader.config.norm_topk_prob,
+            routing=SoftmaxRouting(config.top_k, config.norm_topk_prob),
         ),
     )
 

@@ -9,7 +9,8 @@ import torch
 from ...kernels import MoeRunner, MoeWeights
 from ..comm import Comm
 from ..config import ModelConfig
-from ..layers import Attention, MoeBlock, QkNorm, SharedExpert
+from ..layers import Attention, DenseBlock, Mlp, MoeBlock, QkNorm
+from ..routing import Routing, SoftmaxRouting
 from ..shard import Shard
 from ..weights import Checkpoint
 
@@ -54,31 +55,44 @@ class Loader:
         self,
         prefix: str,
         projections: tuple[str, str, str] = PROJECTIONS,
-        shared: SharedExpert | None = None,
+        shared: Mlp | None = None,
+        routing: Routing | None = None,
+        router_dtype: torch.dtype | None = None,
     ) -> MoeBlock:
-        """Routed experts and their router, `<prefix>experts` and `<prefix>gate`."""
+        """Routed experts and their router, `<prefix>experts` and `<prefix>gate`.
+
+        Args:
+            routing: by softmax over all experts when None.
+            router_dtype: that of the model when None.
+        """
+        m = self.config
         return MoeBlock(
             comm=self.comm,
             runner=self.runner,
-            router=self.checkpoint.get(f"{prefix}gate.weight"),
+            router=self.checkpoint.get(f"{prefix}gate.weight", dtype=router_dtype),
             experts=self._experts(f"{prefix}experts.", projections),
-            top_k=self.config.top_k,
-            norm_topk_prob=self.config.norm_topk_prob,
+            routing=routing or SoftmaxRouting(m.top_k, m.norm_topk_prob),
             shared=shared,
         )
 
-    def shared_expert(self, prefix: str) -> SharedExpert:
-        """`<prefix>shared_expert` and its gate, `<prefix>shared_expert_gate`."""
-        ck, p = self.checkpoint, f"{prefix}shared_expert."
-        rows = slice(*self.shard.rows("shared_expert.gate_proj"))
-        down = ck.get(f"{p}down_proj.weight", cols=rows)
-        return SharedExpert(
-            gate_up=torch.cat(
-                [ck.get(f"{p}{name}.weight", rows=rows) for name in ("gate_proj", "up_proj")]
-            ),
-            down=down.contiguous(),
-            gate=ck.get(f"{prefix}shared_expert_gate.weight"),
+    def mlp(self, prefix: str, target: str, gate: str | None = None) -> Mlp:
+        """`<prefix>gate_proj`, `up_proj` and `down_proj`.
+
+        Args:
+            target: what adapters call the module.
+            gate: name of the tensor that weighs the output.
+        """
+        ck, part = self.checkpoint, slice(*self.shard.rows(f"{target}.gate_proj"))
+        gate_up = [ck.get(f"{prefix}{name}.weight", rows=part) for name in PROJECTIONS[:2]]
+        return Mlp(
+            gate_up=torch.cat(gate_up),
+            down=ck.get(f"{prefix}down_proj.weight", cols=part).contiguous(),
+            gate=ck.get(gate) if gate else None,
         )
+
+    def dense(self, prefix: str) -> DenseBlock:
+        """The MLP of a layer without experts."""
+        return DenseBlock(self.comm, self.mlp(prefix, "mlp"))
 
     def _experts(self, prefix: str, projections: tuple[str, str, str]) -> MoeWeights:
         """From one tensor per expert and projection, or from fused tensors."""

@@ -8,9 +8,11 @@ from .loading import Loader
 
 def load_layer(loader: Loader, n: int) -> DecoderLayer:
     ck, p = loader.checkpoint, f"model.layers.{n}."
+    gate = f"{p}mlp.shared_expert_gate.weight"
+    shared = loader.mlp(p + "mlp.shared_expert.", "shared_expert", gate)
     return DecoderLayer(
         input_norm=ck.get(p + "input_layernorm.weight"),
         attention=loader.attention(n, norm=None),
         post_norm=ck.get(p + "post_attention_layernorm.weight"),
-        moe=loader.moe(p + "mlp.", shared=loader.shared_expert(p + "mlp.")),
+        moe=loader.moe(p + "mlp.", shared=shared),
     )

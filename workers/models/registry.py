@@ -12,7 +12,7 @@ from ..config import ModelConfig
 from ..rope import RotaryEmbedding, inverse_frequencies
 from ..shard import Shard
 from ..weights import Checkpoint
-from . import gpt_oss, mixtral, mxfp4, olmoe, qwen2_moe, qwen3_moe
+from . import deepseek, gpt_oss, mixtral, mxfp4, olmoe, qwen2_moe, qwen3_moe
 from .decoder import Decoder, DecoderLayer
 from .loading import Loader
 
@@ -23,6 +23,8 @@ LAYERS: Mapping[str, Callable[[Loader, int], DecoderLayer]] = {
     "mixtral": mixtral.load_layer,
     "qwen2_moe": qwen2_moe.load_layer,
     "gpt_oss": gpt_oss.load_layer,
+    "deepseek_v2": deepseek.load_layer,
+    "deepseek_v3": deepseek.load_layer,
 }
 
 
@@ -49,7 +51,7 @@ def load_model(
         mxfp4.say_what_it_takes(config, shard, checkpoint.dtype)
     loader = Loader(config, shard, checkpoint, comm, runner)
     load_layer = LAYERS[config.model_type]
-    frequencies, scaling = inverse_frequencies(config.head_dim, config.rope_theta, config.yarn)
+    frequencies, scaling = inverse_frequencies(config.rope_dim, config.rope_theta, config.yarn)
     return Decoder(
         embed=embed,
         layers=[load_layer(loader, n) for n in range(config.num_layers)],
