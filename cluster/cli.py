@@ -106,6 +106,14 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    load_format: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, or dummy: random weights, to measure with a config.json and a tokenizer "
+            "alone [LORAPLEX_LOAD_FORMAT; auto]",
+            show_default=False,
+        ),
+    ] = None,
     tp: TensorParallel = None,
     groups: Groups = None,
     device: Device = None,
@@ -126,6 +134,7 @@ def serve(
 
     settings = Settings.load(
         model_path=model,
+        load_format=load_format,
         store_url=store,
         tp=tp,
         groups=groups,

@@ -66,6 +66,7 @@ def rank_program(settings: Settings, base: BaseModel, threads: int) -> RankProgr
         values["max_model_len"] = settings.max_context
     config = EngineConfig(
         model_path=str(settings.model_path),
+        load_format=settings.load_format,
         dtype=dtype_of(settings),
         device=settings.device,
         tp_size=settings.tp,

@@ -46,6 +46,9 @@ class Settings(BaseSettings):
 
     # The model.
     model_path: Path | None = Field(None, description="Hugging Face folder of the base model")
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", description="dummy: random weights; the model's folder needs no weight files"
+    )
     served_model_name: str | None = Field(None, description="default: the folder's name")
     demo_dir: Path | None = Field(None, description="folder of the demo model and adapters")
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .errors import ModelFilesInvalid, ModelUnsupported
 from .families import FAMILIES, unserved_options
@@ -109,6 +109,7 @@ class EngineConfig:
 
     model_path: str
     dtype: str = "float32"  # "float32" | "bfloat16" | "float16"
+    load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights, no files needed
     device: str = "cpu"  # "cpu" | "cuda"
     tp_size: int = 1
     rendezvous: str = "tcp://127.0.0.1:29500"  # used when tp_size > 1

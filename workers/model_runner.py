@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from ..adapter_store import Pack
@@ -10,6 +12,7 @@ from .adapter_pool import AdapterPool
 from .attention import PagedKVCache, plan_attention
 from .comm import Comm
 from .config import EngineConfig
+from .dummy_weights import DummyCheckpoint
 from .errors import WorkerError
 from .models import load_model
 from .shard import Shard
@@ -54,11 +57,17 @@ class ModelRunner:
             max_rank=config.max_lora_rank if on_gpu else MAX_RANK,
             rank_multiple=_GPU_RANK_MULTIPLE if on_gpu else 1,
         )
-        with Checkpoint(config.model_path, self.dtype, config.device) as checkpoint:
+        with contextlib.ExitStack() as files:
+            if config.load_format == "dummy":
+                source = DummyCheckpoint(self.dtype, config.device)
+            else:
+                source = files.enter_context(
+                    Checkpoint(config.model_path, self.dtype, config.device)
+                )
             self.model = load_model(
                 model,
                 shard,
-                checkpoint,
+                source,
                 comm,
                 MoeRunner(backend_for(self.device)),
                 config.context_length,
