@@ -70,6 +70,7 @@ def rank_program(settings: Settings, base: BaseModel, threads: int) -> RankProgr
         dtype=dtype_of(settings),
         device=settings.device,
         tp_size=settings.tp,
+        ep_size=settings.ep,
         kv_tokens=settings.kv_tokens,
         max_batch_tokens=settings.max_batch_tokens,
         max_running=settings.max_running,

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    ByteSize,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .errors import ClusterSecretError, SettingsError
@@ -65,6 +72,7 @@ class Settings(BaseSettings):
     # Worker groups.
     groups: int = Field(2, ge=1, le=1024, description="worker groups (copies of the model)")
     tp: int = Field(1, ge=1, le=64, description="ranks in a group")
+    ep: int = Field(1, ge=1, le=64, description="parts that the experts are split into; divides tp")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float32 on CPU, the checkpoint's own on a GPU"
@@ -115,6 +123,14 @@ class Settings(BaseSettings):
         parts = urlsplit(value)
         if parts.scheme != "s3" or not parts.netloc:
             raise ValueError("must look like s3://bucket or s3://bucket/prefix")
+        return value
+
+    @field_validator("ep")
+    @classmethod
+    def _check_ep(cls, value: int, info: ValidationInfo) -> int:
+        tp = info.data.get("tp", value)  # missing: it is wrong itself
+        if tp % value:
+            raise ValueError(f"must divide tp = {tp}")
         return value
 
     @field_validator("store_endpoint", "store_public_endpoint")

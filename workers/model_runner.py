@@ -36,7 +36,7 @@ class ModelRunner:
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.dtype = getattr(torch, config.dtype)
         self._config, self._comm = config, comm
-        shard = Shard(model, comm.rank, comm.size)
+        shard = Shard(model, comm.rank, comm.size, config.ep_size)
         self.kv_blocks = config.kv_tokens // config.block_size
         self.cache = PagedKVCache(
             model.num_layers,

@@ -54,15 +54,22 @@ class Loader:
         shared: SharedExpert | None = None,
     ) -> MoeBlock:
         """Routed experts and their router, `<prefix>experts` and `<prefix>gate`."""
-        m = self.config
+        m, mine = self.config, self.shard.experts
+        router = self.checkpoint.get(f"{prefix}gate.weight", (m.num_experts, m.hidden_size))
+        local_ids = None
+        if len(mine) < m.num_experts:
+            local_ids = torch.full((m.num_experts,), -1, dtype=torch.int32)
+            local_ids[mine.start : mine.stop] = torch.arange(len(mine), dtype=torch.int32)
+            local_ids = local_ids.to(router.device)
         return MoeBlock(
             comm=self.comm,
             runner=self.runner,
-            router=self.checkpoint.get(f"{prefix}gate.weight", (m.num_experts, m.hidden_size)),
+            router=router,
             experts=self._experts(f"{prefix}experts.", projections),
             top_k=m.top_k,
             norm_topk_prob=m.norm_topk_prob,
             shared=shared,
+            local_ids=local_ids,
         )
 
     def shared_expert(self, prefix: str) -> SharedExpert:
@@ -80,23 +87,24 @@ class Loader:
         )
 
     def _experts(self, prefix: str, projections: tuple[str, str, str]) -> MoeWeights:
-        """From one tensor per expert and projection, or from fused tensors."""
-        ck, m = self.checkpoint, self.config
-        count, hidden, inter = m.num_experts, m.hidden_size, m.moe_intermediate_size
+        """This rank's, from one tensor per expert and projection, or from fused tensors."""
+        ck, m, mine = self.checkpoint, self.config, self.shard.experts
+        hidden, inter = m.hidden_size, m.moe_intermediate_size
         lo, hi = self.shard.intermediate_rows()
         part = slice(lo, hi)
         if prefix + "gate_up_proj" in ck:
-            fused = (count, 2 * inter, hidden)
+            rows = slice(mine.start, mine.stop)
+            fused = (m.num_experts, 2 * inter, hidden)
             gate_up = [
-                ck.get(prefix + "gate_up_proj", fused, cols=slice(first + lo, first + hi))
+                ck.get(prefix + "gate_up_proj", fused, rows, slice(first + lo, first + hi))
                 for first in (0, inter)
             ]
-            down = ck.get(prefix + "down_proj", (count, hidden, inter), depth=part)
+            down = ck.get(prefix + "down_proj", (m.num_experts, hidden, inter), rows, depth=part)
             return MoeWeights(torch.cat(gate_up, dim=1), down)
         gate, up, down = projections
         w13, w2 = [], []
-        for e in range(count):
+        for e in mine:
             for name in (gate, up):
                 w13.append(ck.get(f"{prefix}{e}.{name}.weight", (inter, hidden), part))
             w2.append(ck.get(f"{prefix}{e}.{down}.weight", (hidden, inter), cols=part))
-        return MoeWeights(torch.cat(w13).view(count, -1, hidden), torch.stack(w2))
+        return MoeWeights(torch.cat(w13).view(len(mine), -1, hidden), torch.stack(w2))
