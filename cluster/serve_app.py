@@ -82,6 +82,7 @@ def build_apps(settings: Settings) -> list[serve.RunTarget]:
         host=settings.internal_host,
         metrics_host=settings.metrics_host,
         metrics_token=token.get_secret_value() if token else None,
+        step_timeout_s=settings.step_timeout_s,
         drain_timeout_s=DRAIN_S,
     )
     gateway = Gateway.options(

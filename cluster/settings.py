@@ -85,6 +85,9 @@ class Settings(BaseSettings):
     kv_tokens: int = Field(16384, ge=256, description="tokens in a group's KV cache")
     max_batch_tokens: int = Field(2048, ge=16, description="tokens in one engine step")
     max_running: int = Field(64, ge=1, description="sequences decoded together in a group")
+    step_timeout_s: float = Field(
+        30.0, ge=1, description="a group whose engine step takes longer counts as hung and restarts"
+    )
     disk_cache_bytes: ByteSize = Field(ByteSize(8 << 30), ge=1 << 20, description="a node's disk")
 
     # The gateway.

@@ -73,6 +73,8 @@ class ModelRunner:
                 config.context_length,
                 self.device,
             )
+        # Until every rank has loaded: the first step would wait for the slowest, and count as hung.
+        comm.all_reduce(torch.zeros(1, device=self.device))
         if on_gpu:
             self.warm_up()
 
