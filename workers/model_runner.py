@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import time
 
 import torch
 
@@ -19,6 +21,8 @@ from .shard import Shard
 from .step import SequenceStep, Step
 from .weights import Checkpoint
 
+log = logging.getLogger(__name__)
+
 _GPU_RANK_MULTIPLE = 8  # 16 bytes of a half-precision factor
 
 
@@ -26,6 +30,7 @@ class ModelRunner:
     """Everything on a rank's device. The same on all ranks; rank 0 also takes logits."""
 
     def __init__(self, config: EngineConfig, comm: Comm):
+        started = time.perf_counter()
         if config.torch_threads:
             torch.set_num_threads(config.torch_threads)
         model = config.model
@@ -64,6 +69,7 @@ class ModelRunner:
                 source = files.enter_context(
                     Checkpoint(config.model_path, self.dtype, config.device)
                 )
+            loading = time.perf_counter()
             self.model = load_model(
                 model,
                 shard,
@@ -73,10 +79,22 @@ class ModelRunner:
                 config.context_length,
                 self.device,
             )
+            self.weights_seconds = time.perf_counter() - loading
+            self.weights_bytes = source.read_bytes
         # Until every rank has loaded: the first step would wait for the slowest, and count as hung.
         comm.all_reduce(torch.zeros(1, device=self.device))
         if on_gpu:
             self.warm_up()
+        self.ready_seconds = time.perf_counter() - started
+        log.info(
+            "rank %d: weights: %.2f GB %s in %.1f s, %.2f GB/s; ready in %.1f s",
+            comm.rank,
+            self.weights_bytes / 1e9,
+            "made" if config.load_format == "dummy" else "read",
+            self.weights_seconds,
+            self.weights_bytes / 1e9 / self.weights_seconds,
+            self.ready_seconds,
+        )
 
     def warm_up(self) -> None:
         """Runs steps of all kinds and sizes, so that no request waits while a kernel is compiled.
