@@ -95,6 +95,7 @@ from .errors import (
     UploadNotFound,
 )
 from .layout import quarantine_keys
+from .model_source import ModelSource
 from .object_store import ObjectInfo, ObjectStore
 from .publisher import Publisher
 from .quarantine import UploadSizes, discard_upload, stage_upload
@@ -125,6 +126,7 @@ __all__ += [
     "KeyRecord",
     "LimitExceeded",
     "LocalDiskError",
+    "ModelSource",
     "NameTaken",
     "NotFound",
     "ObjectInfo",

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    ByteSize,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .errors import ClusterSecretError, SettingsError
@@ -45,7 +52,18 @@ class Settings(BaseSettings):
     cluster_secret_file: Path | None = Field(None, description="default: DATA_DIR/cluster.secret")
 
     # The model.
-    model_path: Path | None = Field(None, description="Hugging Face folder of the base model")
+    model_path: str | None = Field(
+        None, description="base model: a folder, s3://bucket/prefix, or a repository in HF_HOME"
+    )
+    model_version: str | None = Field(
+        None, description="its exact files; found when a service starts"
+    )
+    model_endpoint: str | None = Field(None, description="S3 endpoint of the model; none: AWS")
+    model_access_key: str | None = Field(None, description="none: boto3's own search")
+    model_secret_key: SecretStr | None = Field(None)
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", description="dummy: random weights; the model's folder needs no weight files"
+    )
     served_model_name: str | None = Field(None, description="default: the folder's name")
     demo_dir: Path | None = Field(None, description="folder of the demo model and adapters")
 
@@ -62,6 +80,7 @@ class Settings(BaseSettings):
     # Worker groups.
     groups: int = Field(2, ge=1, le=1024, description="worker groups (copies of the model)")
     tp: int = Field(1, ge=1, le=64, description="ranks in a group")
+    ep: int = Field(1, ge=1, le=64, description="parts that the experts are split into; divides tp")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float32 on CPU, the checkpoint's own on a GPU"
@@ -74,6 +93,9 @@ class Settings(BaseSettings):
     kv_tokens: int = Field(16384, ge=256, description="tokens in a group's KV cache")
     max_batch_tokens: int = Field(2048, ge=16, description="tokens in one engine step")
     max_running: int = Field(64, ge=1, description="sequences decoded together in a group")
+    step_timeout_s: float = Field(
+        30.0, ge=1, description="a group whose engine step takes longer counts as hung and restarts"
+    )
     disk_cache_bytes: ByteSize = Field(ByteSize(8 << 30), ge=1 << 20, description="a node's disk")
 
     # The gateway.
@@ -114,7 +136,20 @@ class Settings(BaseSettings):
             raise ValueError("must look like s3://bucket or s3://bucket/prefix")
         return value
 
-    @field_validator("store_endpoint", "store_public_endpoint")
+    @field_validator("ep")
+    @classmethod
+    def _check_ep(cls, value: int, info: ValidationInfo) -> int:
+        tp = info.data.get("tp", value)  # missing: it is wrong itself
+        if tp % value:
+            raise ValueError(f"must divide tp = {tp}")
+        return value
+
+    @field_validator("model_path", mode="before")
+    @classmethod
+    def _take_path(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    @field_validator("store_endpoint", "store_public_endpoint", "model_endpoint")
     @classmethod
     def _check_endpoint(cls, value: str | None) -> str | None:
         if value is not None:
@@ -167,6 +202,11 @@ class Settings(BaseSettings):
     def disk_dir(self) -> Path:
         """Folder of the disk tier: packs that any group of this node may read."""
         return self.data_dir / "packs"
+
+    @property
+    def model_cache_dir(self) -> Path:
+        """Folder of models that come from S3."""
+        return self.data_dir / "models"
 
     @property
     def scratch_dir(self) -> Path:

@@ -152,7 +152,11 @@ class DenseBlock:
 
 @dataclass(frozen=True)
 class MoeBlock:
-    """Routed experts, and the shared ones of families that have them."""
+    """Routed experts, and the shared ones of families that have them.
+
+    Activations are the same on all ranks. Each adds what its part of its experts gives; one
+    all-reduce sums it up.
+    """
 
     comm: Comm
     runner: MoeRunner
@@ -161,10 +165,14 @@ class MoeBlock:
     routing: Routing
     shared: Mlp | None = None
     router_bias: torch.Tensor | None = None  # [E]
+    # int32 [E], each expert's number on this rank, -1 where it isn't; None: all are, as numbered.
+    local_ids: torch.Tensor | None = None
 
     def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
         logits = F.linear(h.to(self.router.dtype), self.router, self.router_bias)
         weights, ids = self.routing(logits)
+        if self.local_ids is not None:
+            ids = self.local_ids.index_select(0, ids.reshape(-1)).view(ids.shape)
         y = self.runner(h, self.experts, weights, ids, step.pool.experts[n], step.lora)
         if self.shared is not None:
             y = y + self.shared(n, h, step)

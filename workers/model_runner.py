@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import time
+
 import torch
 
 from ..adapter_store import Pack
@@ -10,11 +14,14 @@ from .adapter_pool import AdapterPool
 from .attention import PagedKVCache, plan_attention
 from .comm import Comm
 from .config import EngineConfig
+from .dummy_weights import DummyCheckpoint
 from .errors import WorkerError
 from .models import load_model
 from .shard import Shard
 from .step import SequenceStep, Step
 from .weights import Checkpoint
+
+log = logging.getLogger(__name__)
 
 _GPU_RANK_MULTIPLE = 8  # 16 bytes of a half-precision factor
 
@@ -23,6 +30,7 @@ class ModelRunner:
     """Everything on a rank's device. The same on all ranks; rank 0 also takes logits."""
 
     def __init__(self, config: EngineConfig, comm: Comm):
+        started = time.perf_counter()
         if config.torch_threads:
             torch.set_num_threads(config.torch_threads)
         model = config.model
@@ -33,7 +41,7 @@ class ModelRunner:
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.dtype = getattr(torch, config.dtype)
         self._config, self._comm = config, comm
-        shard = Shard(model, comm.rank, comm.size)
+        shard = Shard(model, comm.rank, comm.size, config.ep_size)
         self.kv_blocks = config.kv_tokens // config.block_size
         latent = model.latent
         self.cache = PagedKVCache(
@@ -57,18 +65,39 @@ class ModelRunner:
             max_rank=config.max_lora_rank if on_gpu else MAX_RANK,
             rank_multiple=_GPU_RANK_MULTIPLE if on_gpu else 1,
         )
-        with Checkpoint(config.model_path, self.dtype, config.device) as checkpoint:
+        with contextlib.ExitStack() as files:
+            if config.load_format == "dummy":
+                source = DummyCheckpoint(self.dtype, config.device)
+            else:
+                source = files.enter_context(
+                    Checkpoint(config.model_path, self.dtype, config.device)
+                )
+            loading = time.perf_counter()
             self.model = load_model(
                 model,
                 shard,
-                checkpoint,
+                source,
                 comm,
                 MoeRunner(backend_for(self.device)),
                 config.context_length,
                 self.device,
             )
+            self.weights_seconds = time.perf_counter() - loading
+            self.weights_bytes = source.read_bytes
+        # Until every rank has loaded: the first step would wait for the slowest, and count as hung.
+        comm.all_reduce(torch.zeros(1, device=self.device))
         if on_gpu:
             self.warm_up()
+        self.ready_seconds = time.perf_counter() - started
+        log.info(
+            "rank %d: weights: %.2f GB %s in %.1f s, %.2f GB/s; ready in %.1f s",
+            comm.rank,
+            self.weights_bytes / 1e9,
+            "made" if config.load_format == "dummy" else "read",
+            self.weights_seconds,
+            self.weights_bytes / 1e9 / self.weights_seconds,
+            self.ready_seconds,
+        )
 
     def warm_up(self) -> None:
         """Runs steps of all kinds and sizes, so that no request waits while a kernel is compiled.

@@ -3,39 +3,81 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .errors import ModelFilesInvalid
+from .safetensors_file import SafetensorsFile
+
+_SCRATCH_BYTES = 32 << 20  # for one thread; an expert's projection has a few MB
+
+
+class TensorSource(Protocol):
+    """Where the loader takes a rank's weights from."""
+
+    read_bytes: int  # of all that `get` gave so far, before it was cast
+
+    def __contains__(self, name: str, /) -> bool: ...
+
+    def get(
+        self,
+        name: str,
+        shape: Sequence[int],
+        rows: slice | None = None,
+        cols: slice | None = None,
+        depth: slice | None = None,
+        into: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """The tensor `name`, cut to `rows`, `cols` and `depth` of its first three dimensions.
+
+        Args:
+            shape: of the whole tensor, as config.json has it.
+            into: where to put it; None: a new, contiguous tensor on the rank's device.
+            dtype: of that one; None: the model's. One of whole numbers must be the checkpoint's:
+                codes of quantised weights mean nothing in another.
+
+        Returns:
+            What `into` is, or the new tensor.
+
+        Raises:
+            ModelFilesInvalid: there is no such tensor, or it has another shape or such a dtype.
+        """
+        ...
 
 
 class Checkpoint:
-    """Opened shards of a model folder, addressed by tensor name. Use as a context manager."""
+    """Opened shards of a model folder, addressed by tensor name. Use as a context manager.
+
+    Several threads may call `get`.
+    """
 
     def __init__(self, folder: str | Path, dtype: torch.dtype, device: str):
         self._folder = Path(folder)
-        self.dtype, self.device = dtype, device
-        self._file_of: dict[str, Any] = {}
-        self._open: list[Any] = []
+        self._dtype, self._device = dtype, device
+        self._file_of: dict[str, SafetensorsFile] = {}
+        self._open: list[SafetensorsFile] = []
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self.read_bytes = 0  # of the slices that were asked for, as they are in the files
 
     def __enter__(self) -> Checkpoint:
         for path in self._shards():
-            try:
-                handle = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as e:
-                raise ModelFilesInvalid(f"{path} can't be read as safetensors: {e}") from None
-            self._open.append(handle)
-            for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                self._file_of[name] = handle
+            file = SafetensorsFile(path)
+            self._open.append(file)
+            self._file_of.update(dict.fromkeys(file.tensors, file))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
+        for file in self._open:
+            file.close()
         self._open.clear()
         self._file_of.clear()
 
@@ -58,30 +100,51 @@ class Checkpoint:
     def get(
         self,
         name: str,
+        shape: Sequence[int],
         rows: slice | None = None,
         cols: slice | None = None,
+        depth: slice | None = None,
+        into: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """The tensor `name`, cut to `rows` of dim 0 and `cols` of dim 1, in the model's dtype or in
-        `dtype`.
-
-        Raises:
-            ModelFilesInvalid: no shard holds that name.
-        """
-        return self._read(name, rows, cols).to(device=self.device, dtype=dtype or self.dtype)
-
-    def stored(
-        self, name: str, rows: slice | None = None, cols: slice | None = None
-    ) -> torch.Tensor:
-        """As `get`, but in the dtype of the file: quantised weights mean nothing in another."""
-        return self._read(name, rows, cols).to(self.device)
-
-    def _read(self, name: str, rows: slice | None, cols: slice | None) -> torch.Tensor:
+        """See TensorSource."""
         if name not in self._file_of:
             raise ModelFilesInvalid(f"{self._folder}: no shard holds the tensor {name!r}")
-        view = self._file_of[name].get_slice(name)
-        if rows is None and cols is None:
-            return view[:]
-        if cols is None:
-            return view[rows]
-        return view[rows or slice(None), cols]
+        file = self._file_of[name]
+        found = file.tensors[name].shape
+        if found != tuple(shape):
+            raise ModelFilesInvalid(
+                f"{self._folder}: the tensor {name!r} has shape {list(found)}, config.json "
+                f"says {list(shape)}"
+            )
+        stored = file.tensors[name].dtype
+        if dtype is not None and not dtype.is_floating_point and stored != dtype:
+            raise ModelFilesInvalid(
+                f"{self._folder}: the tensor {name!r} is of {stored}, {dtype} is needed"
+            )
+        part = file.read(name, whole_slices(shape, rows, cols, depth), self._scratch)
+        with self._lock:
+            self.read_bytes += part.nbytes
+        out = into
+        if out is None:
+            out = torch.empty(part.shape, dtype=dtype or self._dtype, device=self._device)
+        return out.copy_(part)
+
+    def _scratch(self, nbytes: int) -> torch.Tensor:
+        """Memory of this thread, which its next read takes again: fresh memory costs page faults,
+        and a GPU copies from pinned memory alone at full rate."""
+        if nbytes > _SCRATCH_BYTES:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        if not hasattr(self._local, "scratch"):
+            pin = torch.device(self._device).type == "cuda"
+            self._local.scratch = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, pin_memory=pin)
+        return self._local.scratch[:nbytes]
+
+
+def whole_slices(shape: Sequence[int], *cuts: slice | None) -> tuple[slice, ...]:
+    """One slice with start and end for each dimension of `shape`; all of it where none is given."""
+    given = (*cuts, *(None,) * len(shape))
+    return tuple(
+        slice(0, n) if cut is None else slice(*cut.indices(n)[:2])
+        for n, cut in zip(shape, given, strict=False)
+    )

@@ -10,7 +10,7 @@ from dataclasses import fields
 import pytest
 import torch
 from loraplex.kernels import MoeRunner, backend_for
-from loraplex.workers import EngineConfig
+from loraplex.workers import EngineConfig, ModelFilesInvalid
 from loraplex.workers.comm import Comm
 from loraplex.workers.models import load_model
 from loraplex.workers.models.mxfp4 import dequantise
@@ -122,6 +122,19 @@ def test_every_rank_has_its_part_and_says_before_how_much(model, tp, dtype, capl
             assert (want.w2_bias is not None) == (rank == 0)
             assert want.w13.shape == (EXPERTS, 2 * INTER // tp, HIDDEN)
             assert want.w13_bias.shape == (EXPERTS, 2 * INTER // tp)
+
+
+def test_scales_that_arent_kept_as_codes_are_refused_by_name(model, tmp_path):
+    folder = model.folder.parent / "mxfp4"
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.experts.down_proj_scales"
+    tensors[name] = tensors[name].float()
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").symlink_to(folder / "config.json")
+    with pytest.raises(
+        ModelFilesInvalid, match=f"'{name}' is of torch.float32, torch.uint8 is needed"
+    ):
+        experts_of(tmp_path, 0, 1, torch.float32)
 
 
 def experts_of(folder, rank, tp, dtype):

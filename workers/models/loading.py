@@ -12,7 +12,7 @@ from ..config import ModelConfig
 from ..layers import Attention, DenseBlock, Mlp, MoeBlock, QkNorm
 from ..routing import Routing, SoftmaxRouting
 from ..shard import Shard
-from ..weights import Checkpoint
+from ..weights import TensorSource
 
 # One expert's projections (gate, up, down) in a checkpoint with a tensor for each.
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -24,28 +24,36 @@ class Loader:
 
     config: ModelConfig
     shard: Shard
-    checkpoint: Checkpoint
+    checkpoint: TensorSource
     comm: Comm
     runner: MoeRunner
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """For weights that are put together from several tensors of the checkpoint."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def attention(self, n: int, norm: QkNorm | None) -> Attention:
         """The attention of layer `n`, without sinks."""
-        ck, shard, bias = self.checkpoint, self.shard, self.config.qkv_bias
+        ck, shard, m = self.checkpoint, self.shard, self.config
         prefix = f"model.layers.{n}.self_attn."
-        o_bias = None
-        if self.config.o_bias and shard.rank == 0:
-            o_bias = ck.get(f"{prefix}o_proj.bias")
-        names = ("q_proj", "k_proj", "v_proj")
-        rows = {name: slice(*shard.rows(name)) for name in names}
-        qkv = [ck.get(f"{prefix}{name}.weight", rows=rows[name]) for name in names]
-        biases = [ck.get(f"{prefix}{name}.bias", rows=rows[name]) for name in names if bias]
-        o = ck.get(f"{prefix}o_proj.weight", cols=slice(*shard.rows("o_proj")))
+        q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+        qkv, biases, o_bias = [], [], None
+        for name, out in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+            rows = slice(*shard.rows(name))
+            qkv.append(ck.get(f"{prefix}{name}.weight", (out, m.hidden_size), rows))
+            if m.qkv_bias:
+                biases.append(ck.get(f"{prefix}{name}.bias", (out,), rows))
+        if m.o_bias and shard.rank == 0:
+            o_bias = ck.get(f"{prefix}o_proj.bias", (m.hidden_size,))
+        cols = slice(*shard.rows("o_proj"))
         return Attention(
             shard=shard,
             comm=self.comm,
             qkv=torch.cat(qkv),
-            qkv_bias=torch.cat(biases) if bias else None,
-            o=o.contiguous(),
+            qkv_bias=torch.cat(biases) if biases else None,
+            o=ck.get(f"{prefix}o_proj.weight", (m.hidden_size, q), cols=cols),
             o_bias=o_bias,
             norm=norm,
             window=self.config.layer_windows[n],
@@ -66,14 +74,25 @@ class Loader:
             router_dtype: that of the model when None.
         """
         m = self.config
+        router = (m.num_experts, m.hidden_size)
         return MoeBlock(
             comm=self.comm,
             runner=self.runner,
-            router=self.checkpoint.get(f"{prefix}gate.weight", dtype=router_dtype),
+            router=self.checkpoint.get(f"{prefix}gate.weight", router, dtype=router_dtype),
             experts=self._experts(f"{prefix}experts.", projections),
             routing=routing or SoftmaxRouting(m.top_k, m.norm_topk_prob),
             shared=shared,
+            local_ids=self.local_ids(),
         )
+
+    def local_ids(self) -> torch.Tensor | None:
+        """For `MoeBlock`: the number that each expert has on this rank."""
+        experts, mine = self.config.num_experts, self.shard.experts
+        if len(mine) == experts:
+            return None
+        ids = torch.full((experts,), -1, dtype=torch.int32)
+        ids[mine.start : mine.stop] = torch.arange(len(mine), dtype=torch.int32)
+        return ids.to(self.device)
 
     def mlp(self, prefix: str, target: str, gate: str | None = None) -> Mlp:
         """`<prefix>gate_proj`, `up_proj` and `down_proj`.
@@ -82,12 +101,16 @@ class Loader:
             target: what adapters call the module.
             gate: name of the tensor that weighs the output.
         """
-        ck, part = self.checkpoint, slice(*self.shard.rows(f"{target}.gate_proj"))
-        gate_up = [ck.get(f"{prefix}{name}.weight", rows=part) for name in PROJECTIONS[:2]]
+        ck, m = self.checkpoint, self.config
+        hidden, inter = m.hidden_size, m.dense_size if target == "mlp" else m.shared_expert_size
+        part = slice(*self.shard.rows(f"{target}.gate_proj"))
+        gate_up = [
+            ck.get(f"{prefix}{name}.weight", (inter, hidden), part) for name in PROJECTIONS[:2]
+        ]
         return Mlp(
             gate_up=torch.cat(gate_up),
-            down=ck.get(f"{prefix}down_proj.weight", cols=part).contiguous(),
-            gate=ck.get(gate) if gate else None,
+            down=ck.get(f"{prefix}down_proj.weight", (hidden, inter), cols=part),
+            gate=ck.get(gate, (1, hidden)) if gate else None,
         )
 
     def dense(self, prefix: str) -> DenseBlock:
@@ -95,22 +118,24 @@ class Loader:
         return DenseBlock(self.comm, self.mlp(prefix, "mlp"))
 
     def _experts(self, prefix: str, projections: tuple[str, str, str]) -> MoeWeights:
-        """From one tensor per expert and projection, or from fused tensors."""
-        ck = self.checkpoint
+        """This rank's, from one tensor per expert and projection, or from fused tensors."""
+        ck, m, mine = self.checkpoint, self.config, self.shard.experts
+        hidden, inter = m.hidden_size, m.moe_intermediate_size
         lo, hi = self.shard.intermediate_rows()
-        if prefix + "gate_up_proj" in ck:
-            whole = self.config.moe_intermediate_size
-            w13 = ck.get(prefix + "gate_up_proj")
-            w13 = torch.cat([w13[:, lo:hi], w13[:, whole + lo : whole + hi]], dim=1)
-            down = ck.get(prefix + "down_proj")[:, :, lo:hi]
-            return MoeWeights(w13.contiguous(), down.contiguous())
+        part, fused = slice(lo, hi), prefix + "gate_up_proj" in ck
         gate, up, down = projections
-        w13, w2 = [], []
-        for e in range(self.config.num_experts):
-            w13.append(
-                torch.cat(
-                    [ck.get(f"{prefix}{e}.{p}.weight", rows=slice(lo, hi)) for p in (gate, up)]
-                )
-            )
-            w2.append(ck.get(f"{prefix}{e}.{down}.weight", cols=slice(lo, hi)))
-        return MoeWeights(torch.stack(w13), torch.stack(w2))
+        w13 = self.empty(len(mine), 2, hi - lo, hidden)
+        w2 = self.empty(len(mine), hidden, hi - lo)
+        for n, e in enumerate(mine):
+            if fused:
+                only, shape = slice(e, e + 1), (m.num_experts, 2 * inter, hidden)
+                for half, first in enumerate((0, inter)):
+                    rows = slice(first + lo, first + hi)
+                    ck.get(prefix + "gate_up_proj", shape, only, rows, into=w13[n : n + 1, half])
+                shape = (m.num_experts, hidden, inter)
+                ck.get(prefix + "down_proj", shape, only, depth=part, into=w2[n : n + 1])
+                continue
+            for half, name in enumerate((gate, up)):
+                ck.get(f"{prefix}{e}.{name}.weight", (inter, hidden), part, into=w13[n, half])
+            ck.get(f"{prefix}{e}.{down}.weight", (hidden, inter), cols=part, into=w2[n])
+        return MoeWeights(w13.flatten(1, 2), w2)

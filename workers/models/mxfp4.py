@@ -44,7 +44,7 @@ def dequantise(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
 def dequantised_bytes(model: ModelConfig, shard: Shard, dtype: torch.dtype) -> int:
     """Bytes that the experts' weights of all layers take on one rank in `dtype`."""
     per_expert = 3 * model.hidden_size * shard.intermediate
-    return model.num_layers * model.num_experts * per_expert * dtype.itemsize
+    return model.num_layers * len(shard.experts) * per_expert * dtype.itemsize
 
 
 def say_what_it_takes(model: ModelConfig, shard: Shard, dtype: torch.dtype) -> None:

@@ -8,11 +8,12 @@ from .loading import Loader
 
 def load_layer(loader: Loader, n: int) -> DecoderLayer:
     ck, p = loader.checkpoint, f"model.layers.{n}."
+    hidden = (loader.config.hidden_size,)
     gate = f"{p}mlp.shared_expert_gate.weight"
     shared = loader.mlp(p + "mlp.shared_expert.", "shared_expert", gate)
     return DecoderLayer(
-        input_norm=ck.get(p + "input_layernorm.weight"),
+        input_norm=ck.get(p + "input_layernorm.weight", hidden),
         attention=loader.attention(n, norm=None),
-        post_norm=ck.get(p + "post_attention_layernorm.weight"),
+        post_norm=ck.get(p + "post_attention_layernorm.weight", hidden),
         moe=loader.moe(p + "mlp.", shared=shared),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -11,10 +12,14 @@ from ..comm import Comm
 from ..config import ModelConfig
 from ..rope import RotaryEmbedding, inverse_frequencies
 from ..shard import Shard
-from ..weights import Checkpoint
+from ..weights import TensorSource
 from . import deepseek, gpt_oss, mixtral, mxfp4, olmoe, qwen2_moe, qwen3_moe
 from .decoder import Decoder, DecoderLayer
 from .loading import Loader
+
+# Layers read at a time: one alone would wait for the disk between its reads. Each holds about a
+# layer's bytes on the host.
+LOAD_THREADS = 4
 
 # `ModelConfig` refuses every other type, before a weight is read.
 LAYERS: Mapping[str, Callable[[Loader, int], DecoderLayer]] = {
@@ -31,7 +36,7 @@ LAYERS: Mapping[str, Callable[[Loader, int], DecoderLayer]] = {
 def load_model(
     config: ModelConfig,
     shard: Shard,
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     comm: Comm,
     runner: MoeRunner,
     max_positions: int,
@@ -40,22 +45,25 @@ def load_model(
     """This rank's part of the model that `config` describes.
 
     Raises:
-        ModelFilesInvalid: the checkpoint lacks a tensor.
+        ModelFilesInvalid: the checkpoint lacks a tensor, or one doesn't fit config.json.
     """
-    embed = checkpoint.get("model.embed_tokens.weight")
+    table = (config.vocab_size, config.hidden_size)
+    embed = checkpoint.get("model.embed_tokens.weight", table)
     # Only rank 0 samples, so only it needs the head.
     head = embed
     if not config.tie_word_embeddings and shard.rank == 0:
-        head = checkpoint.get("lm_head.weight")
-    if config.quantisation == "mxfp4":
-        mxfp4.say_what_it_takes(config, shard, checkpoint.dtype)
-    loader = Loader(config, shard, checkpoint, comm, runner)
+        head = checkpoint.get("lm_head.weight", table)
+    if config.quantisation == "mxfp4" and gpt_oss.quantised(checkpoint):
+        mxfp4.say_what_it_takes(config, shard, embed.dtype)
+    loader = Loader(config, shard, checkpoint, comm, runner, embed.dtype, device)
     load_layer = LAYERS[config.model_type]
+    with ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="weights") as threads:
+        layers = list(threads.map(lambda n: load_layer(loader, n), range(config.num_layers)))
     frequencies, scaling = inverse_frequencies(config.rope_dim, config.rope_theta, config.yarn)
     return Decoder(
         embed=embed,
-        layers=[load_layer(loader, n) for n in range(config.num_layers)],
-        norm=checkpoint.get("model.norm.weight"),
+        layers=layers,
+        norm=checkpoint.get("model.norm.weight", (config.hidden_size,)),
         head=head,
         rope=RotaryEmbedding(frequencies, scaling, max_positions, device),
         eps=config.rms_norm_eps,
