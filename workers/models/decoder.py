@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from ...kernels import LoraBatch
 from ..adapter_pool import AdapterPool
 from ..attention import AttentionBatch, PagedKVCache
-from ..layers import Attention, MoeBlock, RotaryEmbedding, StepContext, rms_norm
+from ..layers import Attention, MoeBlock, StepContext, rms_norm
+from ..rope import RotaryEmbedding
 
 
 @dataclass(frozen=True)
