@@ -20,6 +20,8 @@ _SCRATCH_BYTES = 32 << 20  # for one thread; an expert's projection has a few MB
 class TensorSource(Protocol):
     """Where the loader takes a rank's weights from."""
 
+    dtype: torch.dtype  # the model's
+    device: str
     read_bytes: int  # of all that `get` gave so far, before it was cast
 
     def __contains__(self, name: str, /) -> bool: ...
@@ -59,7 +61,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path, dtype: torch.dtype, device: str):
         self._folder = Path(folder)
-        self._dtype, self._device = dtype, device
+        self.dtype, self.device = dtype, device
         self._file_of: dict[str, SafetensorsFile] = {}
         self._open: list[SafetensorsFile] = []
         self._lock = threading.Lock()
@@ -127,7 +129,7 @@ class Checkpoint:
             self.read_bytes += part.nbytes
         out = into
         if out is None:
-            out = torch.empty(part.shape, dtype=dtype or self._dtype, device=self._device)
+            out = torch.empty(part.shape, dtype=dtype or self.dtype, device=self.device)
         return out.copy_(part)
 
     def _scratch(self, nbytes: int) -> torch.Tensor:
@@ -136,7 +138,7 @@ class Checkpoint:
         if nbytes > _SCRATCH_BYTES:
             return torch.empty(nbytes, dtype=torch.uint8)
         if not hasattr(self._local, "scratch"):
-            pin = torch.device(self._device).type == "cuda"
+            pin = torch.device(self.device).type == "cuda"
             self._local.scratch = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, pin_memory=pin)
         return self._local.scratch[:nbytes]
 

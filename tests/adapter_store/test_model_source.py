@@ -137,10 +137,9 @@ def test_threads_and_processes_share_one_download(remote, source, asked, tmp_pat
         )
         for _ in range(2)
     ]
-    for process in others:
-        process.stdin.write(pickle.dumps(given))
-        process.stdin.close()
-    found = {Path(process.stdout.read().decode().strip()) for process in others}
+    with ThreadPoolExecutor(2) as threads:
+        answers = threads.map(lambda process: process.communicate(pickle.dumps(given))[0], others)
+        found = {Path(answer.decode().strip()) for answer in answers}
     assert [process.wait(30) for process in others] == [0, 0]
     assert len(found) == 1
     assert contents(found.pop()) == remote[1]

@@ -51,7 +51,7 @@ def _experts(loader: Loader, prefix: str) -> MoeWeights:
     w13 = loader.empty(len(mine), 2 * shard.intermediate, m.hidden_size)
     w2 = loader.empty(len(mine), m.hidden_size, shard.intermediate)
     reader = _ExpertReader(loader, prefix)
-    # One at a time: beside the layer itself, memory holds one expert's blocks and values.
+    # One at a time: beside the layer itself, a loading thread holds one expert's blocks and values.
     for n, e in enumerate(mine):
         w13[n] = _gate_then_up(reader.gate_up(e))
         w2[n] = reader.down(e)
@@ -114,5 +114,5 @@ class _ExpertReader:
         cut = slice(first, end)
         blocks = get(name + "_blocks", (*whole, BLOCK // 2), one, out, cut, dtype=torch.uint8)
         scales = get(name + "_scales", whole, one, out, cut, dtype=torch.uint8)
-        values = dequantise(blocks[0], scales[0], self.loader.dtype)
+        values = dequantise(blocks[0], scales[0], self.loader.checkpoint.dtype)
         return values[:, in_.start - first * BLOCK : in_.stop - first * BLOCK]

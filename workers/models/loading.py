@@ -27,12 +27,19 @@ class Loader:
     checkpoint: TensorSource
     comm: Comm
     runner: MoeRunner
-    dtype: torch.dtype
-    device: torch.device
 
     def empty(self, *shape: int) -> torch.Tensor:
         """For weights that are put together from several tensors of the checkpoint."""
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return torch.empty(shape, dtype=self.checkpoint.dtype, device=self.checkpoint.device)
+
+    def local_ids(self) -> torch.Tensor | None:
+        """What `MoeBlock.local_ids` says."""
+        mine, count = self.shard.experts, self.config.num_experts
+        if len(mine) == count:
+            return None
+        local_ids = torch.full((count,), -1, dtype=torch.int32)
+        local_ids[mine.start : mine.stop] = torch.arange(len(mine), dtype=torch.int32)
+        return local_ids.to(self.checkpoint.device)
 
     def attention(self, n: int, norm: QkNorm | None) -> Attention:
         """The attention of layer `n`, without sinks."""
@@ -56,7 +63,7 @@ class Loader:
             o=ck.get(f"{prefix}o_proj.weight", (m.hidden_size, q), cols=cols),
             o_bias=o_bias,
             norm=norm,
-            window=self.config.layer_windows[n],
+            window=m.layer_windows[n],
         )
 
     def moe(
@@ -84,15 +91,6 @@ class Loader:
             shared=shared,
             local_ids=self.local_ids(),
         )
-
-    def local_ids(self) -> torch.Tensor | None:
-        """For `MoeBlock`: the number that each expert has on this rank."""
-        experts, mine = self.config.num_experts, self.shard.experts
-        if len(mine) == experts:
-            return None
-        ids = torch.full((experts,), -1, dtype=torch.int32)
-        ids[mine.start : mine.stop] = torch.arange(len(mine), dtype=torch.int32)
-        return ids.to(self.device)
 
     def mlp(self, prefix: str, target: str, gate: str | None = None) -> Mlp:
         """`<prefix>gate_proj`, `up_proj` and `down_proj`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,9 +18,9 @@ from . import deepseek, gpt_oss, mixtral, mxfp4, olmoe, qwen2_moe, qwen3_moe
 from .decoder import Decoder, DecoderLayer
 from .loading import Loader
 
-# Layers read at a time: one alone would wait for the disk between its reads. Each holds about a
-# layer's bytes on the host.
-LOAD_THREADS = 4
+# Layers read at a time: one alone would wait for the disk between its reads; more than there are
+# cores would wait for each other.
+LOAD_THREADS = min(8, len(os.sched_getaffinity(0)))
 
 # `ModelConfig` refuses every other type, before a weight is read.
 LAYERS: Mapping[str, Callable[[Loader, int], DecoderLayer]] = {
@@ -54,12 +55,12 @@ def load_model(
     if not config.tie_word_embeddings and shard.rank == 0:
         head = checkpoint.get("lm_head.weight", table)
     if config.quantisation == "mxfp4" and gpt_oss.quantised(checkpoint):
-        mxfp4.say_what_it_takes(config, shard, embed.dtype)
-    loader = Loader(config, shard, checkpoint, comm, runner, embed.dtype, device)
+        mxfp4.say_what_it_takes(config, shard, checkpoint.dtype)
+    loader = Loader(config, shard, checkpoint, comm, runner)
+    frequencies, scaling = inverse_frequencies(config.rope_dim, config.rope_theta, config.yarn)
     load_layer = LAYERS[config.model_type]
     with ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="weights") as threads:
         layers = list(threads.map(lambda n: load_layer(loader, n), range(config.num_layers)))
-    frequencies, scaling = inverse_frequencies(config.rope_dim, config.rope_theta, config.yarn)
     return Decoder(
         embed=embed,
         layers=layers,
