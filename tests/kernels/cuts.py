@@ -8,13 +8,13 @@ import torch
 
 
 def random_rows(n: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits of many shapes, with equals and -inf among them; top_k and top_p."""
+    """Logits of many shapes, with equals, neighbours and -inf among them; top_k and top_p."""
     rng = random.Random()
     logits = (
         torch.randn(n, vocab) * torch.tensor([rng.choice([0.01, 1, 9]) for _ in range(n)])[:, None]
     )
     for row in logits:
-        kind = rng.randrange(5)
+        kind = rng.randrange(6)
         if kind == 0:
             row.round_()
         elif kind == 1:
@@ -23,6 +23,12 @@ def random_rows(n: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
             row -= 40.0
         elif kind == 3:
             row.fill_(rng.choice([0.0, -0.0, 1e-40, -3.5]))
+        elif kind == 4:  # neighbours in float32, on both sides of 0 or of 2
+            steps = torch.randperm(vocab).to(torch.int32) - vocab // 2
+            if rng.random() < 0.5:
+                row.copy_((steps + torch.tensor(2.0).view(torch.int32)).view(torch.float32))
+            else:
+                row.copy_(steps.abs().view(torch.float32) * steps.sign())
     top_k = torch.tensor([rng.choice([1, 2, 17, vocab // 2 + 1, vocab]) for _ in range(n)])
     top_p = torch.tensor(
         [rng.choice([1e-9, 0.1, 0.5, 0.99, 1.0]) for _ in range(n)], dtype=torch.float64
