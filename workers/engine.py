@@ -8,14 +8,17 @@ import torch
 
 from .comm import Comm
 from .config import EngineConfig
-from .errors import AdapterTooLarge
+from .errors import AdapterTooLarge, GrammarInvalid
+from .grammar import Grammars
+from .host_state import HostState
 from .kv_blocks import KVBlocks
+from .logprobs import token_logprobs
 from .model_runner import ModelRunner
 from .packs import PackFetcher, PackSource
 from .report import EngineReport
 from .request import AdapterRef, FinishReason, GenerationRequest, TokenOutput
 from .residency import Residency
-from .sampler import Draw, sample, token_logprobs
+from .sampler import Draw, SamplingBatch, sample
 from .scheduler import Refusal, Scheduled, Scheduler
 from .sequence import Sequence
 from .step import SequenceStep, Step
@@ -44,6 +47,8 @@ class Engine:
             config.max_running,
             config.overtake_limit,
         )
+        model = config.model
+        self._grammars = Grammars(config.model_path, model.vocab_size, model.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
         self._early: list[TokenOutput] = []  # refusals made outside a step
         self._arrivals = 0
@@ -61,6 +66,15 @@ class Engine:
             self._early.append(_failed(request.request_id, code, message))
             return
         seq = Sequence(request, self._arrivals)
+        if request.sampling.host_state:
+            try:
+                seq.host = HostState(request, self._grammars)
+            except GrammarInvalid as e:
+                self._early.append(_failed(request.request_id, "invalid_grammar", str(e)))
+                return
+            if seq.host.finished:
+                self._early.append(TokenOutput(request.request_id, finish_reason="stop"))
+                return
         self._arrivals += 1
         self._sequences[request.request_id] = seq
         self._scheduler.add(seq)
@@ -168,23 +182,14 @@ class Engine:
             if seq.pending == 0:
                 last_rows.append(row - 1)
                 drawing.append(seq)
-                draws.append(Draw(seq.request.sampling, len(seq.tokens), self._banned(seq)))
+                draws.append(self._draw(seq))
         if not drawing:
             return outputs
         logits = logits[torch.tensor(last_rows, device=logits.device)]
-        finite = logits.isfinite().all(dim=-1).tolist()
-        wants = [i for i, seq in enumerate(drawing) if seq.request.sampling.logprobs is not None]
-        # Before sampling: banned ids are masked in place.
-        raw = logits[wants].clone() if wants else logits[:0]
-        chosen = sample(logits, draws).tolist()
-        logprobs = {}
-        if wants:
-            top = [drawing[i].request.sampling.logprobs or 0 for i in wants]
-            logprobs = dict(
-                zip(wants, token_logprobs(raw, [chosen[i] for i in wants], top), strict=True)
-            )
+        batch = SamplingBatch.build(draws, logits.shape[1], logits.device)
+        chosen = sample(logits, batch).to_host()
         for i, seq in enumerate(drawing):
-            if not finite[i]:
+            if not chosen.finite[i]:
                 self._end(seq)
                 outputs.append(
                     _failed(
@@ -194,14 +199,26 @@ class Engine:
                     )
                 )
                 continue
-            out = self._append(seq, chosen[i])
-            if i in logprobs:
-                out.logprobs.append(logprobs[i])
+            out = self._append(seq, chosen.tokens[i])
+            logprob = chosen.logprobs[i]
+            if logprob is not None and out.token_ids:
+                out.logprobs.append(logprob)
             outputs.append(out)
         return outputs
 
+    def _draw(self, seq: Sequence) -> Draw:
+        draw = Draw(seq.request.sampling, len(seq.tokens), self._banned(seq))
+        if seq.host is not None:
+            draw.counts, draw.grammar = seq.host.counts, seq.host.grammar
+        return draw
+
     def _append(self, seq: Sequence, token: int) -> TokenOutput:
         seq.tokens.append(token)
+        if seq.host is not None:
+            seq.host.advance(token)
+            if seq.host.error is not None:
+                self._end(seq)
+                return _failed(seq.request.request_id, "grammar_failed", seq.host.error)
         out = TokenOutput(seq.request.request_id, [token])
         if not seq.started:
             seq.started = True
@@ -216,6 +233,8 @@ class Engine:
 
     def _finish_reason(self, seq: Sequence, token: int) -> FinishReason | None:
         params = seq.request.sampling
+        if seq.host is not None and seq.host.finished:
+            return "stop"
         if seq.output_count >= params.min_tokens:
             if token in params.stop_token_ids:
                 return "stop"
@@ -234,10 +253,13 @@ class Engine:
     def _add_prompt_logprobs(self, seq: Sequence, step: SequenceStep, logits: torch.Tensor) -> None:
         assert seq.prompt_logprobs is not None
         first = step.start + step.logits_from + 1  # position that the first row predicts
-        targets = list(seq.request.prompt_ids[first : first + len(logits)])
+        # A preempted prompt is computed again: what is known of it already stays.
+        known = len(seq.prompt_logprobs) - first
+        targets = list(seq.request.prompt_ids[first + known : first + len(logits)])
         if targets:
             top = [seq.request.sampling.prompt_logprobs or 0] * len(targets)
-            seq.prompt_logprobs += token_logprobs(logits[: len(targets)], targets, top)
+            rows = logits[known : known + len(targets)]
+            seq.prompt_logprobs += token_logprobs(rows, targets, top)
 
     def _count_tokens(self, seq: Sequence, prompt: int = 0, output: int = 0) -> None:
         for counts, n in (

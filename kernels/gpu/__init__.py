@@ -3,6 +3,7 @@
 from .align import align
 from .fused import FusedBackend
 from .hooked import HookedBackend
+from .least_kept import least_kept
 from .lora import lora_linear_
 from .tiles import GemmTile, MoeShape, MoeTiles, ShrinkTile
 
@@ -17,5 +18,6 @@ __all__ = [
     "MoeTiles",
     "ShrinkTile",
     "align",
+    "least_kept",
     "lora_linear_",
 ]
