@@ -13,7 +13,7 @@ from .layers import DEVICE, NEEDS_GPU, assert_near
 pytestmark = NEEDS_GPU
 
 BLOCK_SIZE, BLOCKS, EPS = 16, 64, 1e-6
-ERROR = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-6}
+ERROR = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 3e-6}
 
 
 @pytest.mark.parametrize("dtype", list(ERROR))
