@@ -113,17 +113,22 @@ class ModelRunner:
             self.run(Step(self._sequences_of(tokens, -1)))
             for adapters in TUNED_ADAPTERS:  # slot 0 is empty: kernels run and find nothing to add
                 self.run(Step(self._sequences_of(tokens, 0)), adapters)
+        # One more token after a long context, whose keys several programs share.
+        (longest,) = self._sequences_of(self._longest(), -1)
+        self.run(Step([SequenceStep([0], len(longest.token_ids) - 1, longest.blocks, -1, 0)]))
         self.cache.clear()
 
     def _sequences_of(self, tokens: int, slot: int) -> list[SequenceStep]:
-        size = self._config.block_size
-        longest = min(self._config.context_length, self.kv_blocks * size)
+        size, longest = self._config.block_size, self._longest()
         sequences = []
         while tokens > 0:
             n = min(tokens, longest)
             sequences.append(SequenceStep([0] * n, 0, list(range(-(-n // size))), slot, n - 1))
             tokens -= n
         return sequences
+
+    def _longest(self) -> int:
+        return min(self._config.context_length, self.kv_blocks * self._config.block_size)
 
     def apply_changes(self, step: Step) -> None:
         """Follows rank 0's pool: the same loads and unloads in the same order."""

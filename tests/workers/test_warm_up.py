@@ -36,4 +36,5 @@ def test_warm_up_runs_every_size_with_and_without_adapters(demo, monkeypatch) ->
     runner.warm_up()
     sizes = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 24, 25, 32, 33, 48, 49, 64, 65, 96]
     kinds = [(-1, None), *((0, adapters) for adapters in TUNED_ADAPTERS)]
-    assert seen == [(n, *kind) for n in sizes for kind in kinds]
+    long_context = (1, -1, None)
+    assert seen == [*((n, *kind) for n in sizes for kind in kinds), long_context]
