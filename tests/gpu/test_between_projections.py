@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from loraplex.kernels import add_rms_norm_, qkv_prepare
-from loraplex.workers.layers import HeadNorm, RotaryEmbedding
+from loraplex.workers.layers import HeadNorm
+from loraplex.workers.rope import RotaryEmbedding, inverse_frequencies
 
 from ..kernels.poison import poisoned_memory
 from .layers import DEVICE, NEEDS_GPU, assert_near
@@ -22,7 +23,7 @@ ERROR = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 3e-6}
 @pytest.mark.parametrize("tokens", [1, 33, 700])
 def test_qkv_prepare(tokens, heads, kv_heads, d, normed, dtype):
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * d, device=DEVICE).to(dtype)
-    rope = RotaryEmbedding(d, 1e6, 4096, DEVICE)
+    rope = RotaryEmbedding(*inverse_frequencies(d, 1e6), 4096, DEVICE)
     cos, sin = rope.at(torch.randint(0, 4096, (tokens,), device=DEVICE))
     weights = [torch.randn(d, device=DEVICE).to(dtype) for _ in range(2)] if normed else [None] * 2
     k_cache, v_cache = torch.full(

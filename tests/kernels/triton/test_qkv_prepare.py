@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from loraplex.kernels.gpu import qkv_prepare
-from loraplex.workers.layers import HeadNorm, RotaryEmbedding
+from loraplex.workers.layers import HeadNorm
+from loraplex.workers.rope import RotaryEmbedding, inverse_frequencies
 
 from ..poison import poisoned_memory
 from .layers import TOLERANCE, interpreted, laid_out
@@ -32,7 +33,7 @@ def split_up(qkv, heads, kv_heads, d, cos, sin, norm):
 )
 def test_as_the_layers_do(tokens, heads, kv_heads, d, normed, dtype):
     qkv = laid_out(torch.randn(tokens, (heads + 2 * kv_heads) * d).to(dtype), "part of wider rows")
-    rope = RotaryEmbedding(d, 100.0, 50, torch.device("cpu"))
+    rope = RotaryEmbedding(*inverse_frequencies(d, 100.0), 50, torch.device("cpu"))
     cos, sin = rope.at(torch.randint(0, 50, (tokens,)))
     norm = HeadNorm(torch.randn(d).to(dtype), torch.randn(d).to(dtype), EPS) if normed else None
     k_cache, v_cache = torch.full((2, 4, BLOCK_SIZE, kv_heads, d), torch.nan, dtype=dtype)
