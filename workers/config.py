@@ -124,10 +124,17 @@ class EngineConfig:
     load_threads: int = 4
     overtake_limit: int = 8  # requests that may pass one that waits for room in the pool
     torch_threads: int = 0  # 0: leave torch's default
+    # Launch a step before the tokens of the one before it are read. None: on GPUs.
+    overlap: bool | None = None
+    cuda_graphs: bool = True  # of decode steps, on GPUs
 
     @cached_property
     def model(self) -> ModelConfig:
         return ModelConfig.from_folder(self.model_path)
+
+    @property
+    def overlaps(self) -> bool:
+        return self.device == "cuda" if self.overlap is None else self.overlap
 
     @cached_property
     def context_length(self) -> int:

@@ -1,24 +1,39 @@
-"""The engine of a worker group: rank 0's loop body over scheduler, model runner and sampler."""
+"""The engine of a worker group: rank 0's loop body over scheduler, model runner and sampler.
+
+A step is planned (`planning`), launched (`flight`) and collected. With overlap the next one is
+launched before: a decoding sequence's token is then taken on the device from the step before, and
+what turns out to have ended has one token computed in vain, which nobody sees.
+"""
 
 from __future__ import annotations
 
 import time
-
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from .comm import Comm
 from .config import EngineConfig
 from .errors import AdapterTooLarge
+from .flight import StepResult, launch
 from .kv_blocks import KVBlocks
 from .model_runner import ModelRunner
 from .packs import PackFetcher, PackSource
+from .planning import Plan, plan_step
 from .report import EngineReport
 from .request import AdapterRef, FinishReason, GenerationRequest, TokenOutput
 from .residency import Residency
-from .sampler import Draw, sample, token_logprobs
-from .scheduler import Refusal, Scheduled, Scheduler
+from .scheduler import Refusal, Scheduler
 from .sequence import Sequence
-from .step import SequenceStep, Step
+from .step import Step
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A launched step."""
+
+    plan: Plan
+    wait: Callable[[], StepResult]
+    overlaps: bool  # the next step may be launched before it is read
 
 
 class Engine:
@@ -45,6 +60,7 @@ class Engine:
             config.overtake_limit,
         )
         self._sequences: dict[str, Sequence] = {}
+        self._flight: _Flight | None = None  # launched, not read
         self._early: list[TokenOutput] = []  # refusals made outside a step
         self._arrivals = 0
         self._report = EngineReport()
@@ -56,7 +72,8 @@ class Engine:
             code, message = wrong
             self._early.append(_failed(request.request_id, code, message))
             return
-        seq = Sequence(request, self._arrivals)
+        limit = len(request.prompt_ids) + request.sampling.max_tokens
+        seq = Sequence(request, self._arrivals, min(limit, self.config.context_length))
         self._arrivals += 1
         self._sequences[request.request_id] = seq
         self._scheduler.add(seq)
@@ -68,25 +85,33 @@ class Engine:
             self._scheduler.remove(seq)
 
     def has_work(self) -> bool:
-        return bool(self._sequences or self._early or self._residency.prefetch_ready)
+        return bool(
+            self._sequences or self._flight or self._early or self._residency.prefetch_ready
+        )
 
     def step(self) -> list[TokenOutput]:
-        """Runs one model step and returns what it produced; empty when everything still loads."""
+        """Launches one model step and returns what came of the last one that was launched.
+
+        Without overlap that is the same step. Empty when everything still loads.
+        """
         outputs, self._early = self._early, []
         self._residency.prefetch()
         started = time.perf_counter()
-        work, refusals = self._scheduler.schedule()
-        outputs += [self._refuse(r) for r in refusals]
-        work.sort(key=lambda w: w.seq.slot if w.seq.slot is not None else -1)
-        step = Step([_sequence_step(w) for w in work], self._residency.take_changes())
-        if not step.sequences and not step.changes:
-            return outputs
-        if self.config.tp_size > 1:
-            self._comm.broadcast_message(step.to_wire())
-        if step.sequences:
-            logits = self._runner.run(step)
-            outputs += self._finish_step(work, step, logits)
+        before, self._flight = self._flight, None
+        if before is not None and self._scheduler.may_preempt():
+            outputs += self._collect(before)
+            before = None
+        flight, refused = self._launch(before)
+        outputs += refused
+        if before is not None:
+            outputs += self._collect(before)
+        if flight is not None:
+            if flight.overlaps:
+                self._flight = flight
+            else:
+                outputs += self._collect(flight)
             self._report.steps += 1
+        if flight is not None or before is not None:
             self._report.step_seconds += time.perf_counter() - started
         return outputs
 
@@ -143,44 +168,50 @@ class Engine:
         code = "adapter_too_large" if too_large else "adapter_load_failed"
         return _failed(refusal.seq.request.request_id, code, str(refusal.error))
 
-    def _finish_step(
-        self, work: list[Scheduled], step: Step, logits: torch.Tensor
-    ) -> list[TokenOutput]:
+    def _launch(self, before: _Flight | None) -> tuple[_Flight | None, list[TokenOutput]]:
+        """Schedules and launches a step, and refuses what can't ever start.
+
+        Args:
+            before: the step whose sampled ids aren't read yet.
+        """
+        work, refusals = self._scheduler.schedule()
+        refused = [self._refuse(r) for r in refusals]
+        carried = before.plan.index_of_draws() if before is not None else {}
+        changes = self._residency.take_changes()
+        plan = plan_step(work, changes, carried, self.config.model.eos_token_ids)
+        overlaps = self.config.overlaps
+        if overlaps and self.config.tp_size > 1:
+            plan.step.shared_ids = len(plan.drawing)
+        if self.config.tp_size > 1 and (work or changes):
+            self._comm.broadcast_message(plan.step.to_wire())
+        if not work:
+            return None, refused
+        flight = _Flight(plan, self._execute(plan), overlaps)
+        for w in work:
+            self._scheduler.launched(w)
+        for seq in plan.drawing:
+            seq.unread += 1
+        return flight, refused
+
+    def _execute(self, plan: Plan) -> Callable[[], StepResult]:
+        return launch(self._runner, plan)
+
+    def _collect(self, flight: _Flight) -> list[TokenOutput]:
+        """Reads a launched step's result; what it says of sequences that have ended is dropped."""
+        plan, result = flight.plan, flight.wait()
+        for w in plan.work:
+            if not w.seq.removed:
+                self._count_tokens(w.seq, prompt=w.count if w.count > 1 or not w.seq.started else 0)
+            self._scheduler.landed(w)
+        for p, logprobs in zip(plan.prompts, result.prompt_logprobs, strict=True):
+            if p.seq.prompt_logprobs is not None:
+                p.seq.prompt_logprobs += logprobs
         outputs: list[TokenOutput] = []
-        draws: list[Draw] = []
-        last_rows: list[int] = []
-        drawing: list[Sequence] = []
-        row = 0
-        for w, s in zip(work, step.sequences, strict=True):
-            seq = w.seq
-            self._count_tokens(seq, prompt=w.count if w.count > 1 or not seq.started else 0)
-            self._scheduler.computed(w)
-            if s.logits_from < 0:
+        for i, seq in enumerate(plan.drawing):
+            if seq.removed:
                 continue
-            n = w.count - s.logits_from
-            if seq.prompt_logprobs is not None:
-                self._add_prompt_logprobs(seq, s, logits[row : row + n])
-            row += n
-            if seq.pending == 0:
-                last_rows.append(row - 1)
-                drawing.append(seq)
-                draws.append(Draw(seq.request.sampling, len(seq.tokens), self._banned(seq)))
-        if not drawing:
-            return outputs
-        logits = logits[torch.tensor(last_rows, device=logits.device)]
-        finite = logits.isfinite().all(dim=-1).tolist()
-        wants = [i for i, seq in enumerate(drawing) if seq.request.sampling.logprobs is not None]
-        # Before sampling: banned ids are masked in place.
-        raw = logits[wants].clone() if wants else logits[:0]
-        chosen = sample(logits, draws).tolist()
-        logprobs = {}
-        if wants:
-            top = [drawing[i].request.sampling.logprobs or 0 for i in wants]
-            logprobs = dict(
-                zip(wants, token_logprobs(raw, [chosen[i] for i in wants], top), strict=True)
-            )
-        for i, seq in enumerate(drawing):
-            if not finite[i]:
+            seq.unread -= 1
+            if not result.finite[i]:
                 self._end(seq)
                 outputs.append(
                     _failed(
@@ -190,9 +221,9 @@ class Engine:
                     )
                 )
                 continue
-            out = self._append(seq, chosen[i])
-            if i in logprobs:
-                out.logprobs.append(logprobs[i])
+            out = self._append(seq, result.drawn[i])
+            if i in result.logprobs:
+                out.logprobs.append(result.logprobs[i])
             outputs.append(out)
         return outputs
 
@@ -217,23 +248,7 @@ class Engine:
                 return "stop"
             if not params.ignore_eos and token in self.config.model.eos_token_ids:
                 return "stop"
-        if seq.output_count >= params.max_tokens or len(seq.tokens) >= self.config.context_length:
-            return "length"
-        return None
-
-    def _banned(self, seq: Sequence) -> tuple[int, ...]:
-        params = seq.request.sampling
-        if seq.output_count >= params.min_tokens:
-            return ()
-        return (*self.config.model.eos_token_ids, *params.stop_token_ids)
-
-    def _add_prompt_logprobs(self, seq: Sequence, step: SequenceStep, logits: torch.Tensor) -> None:
-        assert seq.prompt_logprobs is not None
-        first = step.start + step.logits_from + 1  # position that the first row predicts
-        targets = list(seq.request.prompt_ids[first : first + len(logits)])
-        if targets:
-            top = [seq.request.sampling.prompt_logprobs or 0] * len(targets)
-            seq.prompt_logprobs += token_logprobs(logits[: len(targets)], targets, top)
+        return "length" if len(seq.tokens) >= seq.limit else None
 
     def _count_tokens(self, seq: Sequence, prompt: int = 0, output: int = 0) -> None:
         for counts, n in (
@@ -246,18 +261,6 @@ class Engine:
     def _end(self, seq: Sequence) -> None:
         del self._sequences[seq.request.request_id]
         self._scheduler.remove(seq)
-
-
-def _sequence_step(w: Scheduled) -> SequenceStep:
-    seq, end = w.seq, w.seq.computed + w.count
-    if seq.prompt_logprobs is not None and seq.computed < len(seq.request.prompt_ids):
-        logits_from = 0
-    else:
-        logits_from = w.count - 1 if end == len(seq.tokens) else -1
-    assert seq.slot is not None
-    return SequenceStep(
-        seq.tokens[seq.computed : end], seq.computed, list(seq.blocks), seq.slot, logits_from
-    )
 
 
 def _failed(request_id: str, code: str, message: str) -> TokenOutput:

@@ -10,10 +10,11 @@ from .adapter_pool import AdapterPool
 from .attention import PagedKVCache, plan_attention
 from .comm import Comm
 from .config import EngineConfig
-from .errors import WorkerError
 from .models import load_model
 from .shard import Shard
 from .step import SequenceStep, Step
+from .step_inputs import StepInputs
+from .transfer import to_device
 from .weights import Checkpoint
 
 _GPU_RANK_MULTIPLE = 8  # 16 bytes of a half-precision factor
@@ -54,6 +55,8 @@ class ModelRunner:
             max_rank=config.max_lora_rank if on_gpu else MAX_RANK,
             rank_multiple=_GPU_RANK_MULTIPLE if on_gpu else 1,
         )
+        # The ids that the last step sampled, for tokens that the host hasn't read.
+        self._sampled = torch.zeros(config.max_running, dtype=torch.int32, device=self.device)
         with Checkpoint(config.model_path, self.dtype, config.device) as checkpoint:
             self.model = load_model(
                 model,
@@ -115,39 +118,62 @@ class ModelRunner:
         Raises:
             WorkerError: the sequences aren't ordered by slot.
         """
-        seqs = step.sequences
-        slots = [s.slot for s in seqs]
-        if slots != sorted(slots):
-            raise WorkerError("sequences of a step must be ordered by adapter slot")
-        counts = [len(s.token_ids) for s in seqs]
-        ids = torch.tensor([t for s in seqs for t in s.token_ids], device=self.device)
-        positions = torch.cat([torch.arange(s.start, s.start + len(s.token_ids)) for s in seqs])
+        inputs = StepInputs.of(step)
+        token_ids, positions, token_slot, carried, rows = to_device(
+            [
+                inputs.token_ids,
+                inputs.positions,
+                inputs.token_slot,
+                inputs.carried,
+                inputs.logit_rows,
+            ],
+            self.device,
+        )
+        if (inputs.carried >= 0).any():
+            token_ids = self._with_carried(token_ids, carried)
         lora = None
-        if slots[-1] >= 0:
-            token_slot = torch.repeat_interleave(
-                torch.tensor(slots, dtype=torch.int32), torch.tensor(counts)
-            )
+        if inputs.num_adapters:
             lora = LoraBatch.from_token_slot(
-                token_slot.to(self.device),
-                ordered=True,
-                num_adapters=num_adapters or len(set(slots) - {-1}),
+                token_slot, ordered=True, num_adapters=num_adapters or inputs.num_adapters
             )
         hidden = self.model.forward(
-            ids,
-            positions.to(self.device),
-            plan_attention(seqs, self._config.block_size, self.device),
+            token_ids,
+            positions,
+            plan_attention(step.sequences, self._config.block_size, self.device),
             self.cache,
             self.pool,
             lora,
         )
+        return self._logits(hidden, rows)
+
+    def keep_sampled(self, ids: torch.Tensor, shared: int) -> None:
+        """Keeps rank 0's sampled ids [N] for the next step's carried tokens, and sends them to the
+        other ranks where `shared` is N."""
+        self._sampled[: ids.shape[0]].copy_(ids)
+        self._share_sampled(shared)
+
+    def follow(self, step: Step) -> None:
+        """What a rank other than 0 does at a step."""
+        self.apply_changes(step)
+        if step.sequences:
+            self.run(step)
+            self._share_sampled(step.shared_ids)
+
+    def _share_sampled(self, n: int) -> None:
+        if n:
+            self._comm.broadcast(self._sampled[:n])
+
+    def _with_carried(self, token_ids: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
+        """`token_ids` [T], with the last sampled ids in place of those that weren't read yet."""
+        sampled = self._sampled.index_select(0, carried.clamp(min=0))
+        return torch.where(carried >= 0, sampled, token_ids)
+
+    def _logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if self._comm.rank != 0:
             return hidden[:0]
-        rows, first = [], 0
-        for s, n in zip(seqs, counts, strict=True):
-            if s.logits_from >= 0:
-                rows.extend(range(first + s.logits_from, first + n))
-            first += n
-        return self.model.logits(hidden[torch.tensor(rows, dtype=torch.int64, device=self.device)])
+        if rows.shape[0] < hidden.shape[0]:
+            hidden = hidden.index_select(0, rows)
+        return self.model.logits(hidden)
 
 
 def run_follower(config: EngineConfig, rank: int) -> None:
@@ -159,8 +185,6 @@ def run_follower(config: EngineConfig, rank: int) -> None:
             step = Step.from_wire(comm.broadcast_message())
             if step.stop:
                 return
-            runner.apply_changes(step)
-            if step.sequences:
-                runner.run(step)
+            runner.follow(step)
     finally:
         comm.close()
