@@ -1,7 +1,9 @@
-"""Tensors in, tensors out: the MoE layer and the dense projections with many LoRA adapters."""
+"""Tensors in, tensors out: the MoE layer and the dense projections with many LoRA adapters, and
+attention over a paged KV cache."""
 
 from .align import moe_lora_align_block_size
 from .aligned import AlignedBatch, BlockSegments
+from .attention import paged_attention, write_kv
 from .backends import backend_for
 from .dense_lora import lora_linear_
 from .lora_batch import TUNED_ADAPTERS, LoraBatch
@@ -15,6 +17,7 @@ from .lora_tables import (
 )
 from .moe import fused_moe
 from .moe_weights import ClampedSwiglu, MoeWeights
+from .paged_sequences import TILE_TOKENS, PagedSequences
 from .reference import (
     Factors,
     align_reference,
@@ -31,6 +34,7 @@ __all__ = [
     "MAX_RANK",
     "SHARED_A13",
     "SHARED_B2",
+    "TILE_TOKENS",
     "TUNED_ADAPTERS",
     "AlignedBatch",
     "BlockSegments",
@@ -42,6 +46,7 @@ __all__ = [
     "MoeBackend",
     "MoeRunner",
     "MoeWeights",
+    "PagedSequences",
     "TorchBackend",
     "align_reference",
     "backend_for",
@@ -52,4 +57,6 @@ __all__ = [
     "lora_linear_reference",
     "moe_lora_align_block_size",
     "moe_reference",
+    "paged_attention",
+    "write_kv",
 ]

@@ -4,6 +4,7 @@ from .align import align
 from .fused import FusedBackend
 from .hooked import HookedBackend
 from .lora import lora_linear_
+from .paged_attention import paged_attention, write_kv
 from .tiles import GemmTile, MoeShape, MoeTiles, ShrinkTile
 
 FUSED = FusedBackend()
@@ -18,4 +19,6 @@ __all__ = [
     "ShrinkTile",
     "align",
     "lora_linear_",
+    "paged_attention",
+    "write_kv",
 ]
