@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .engine_process import EngineLike, LinkAddress, RankProgram, run_rank
     from .errors import (
         AdapterTooLarge,
+        GrammarInvalid,
         GroupFailed,
         ModelFilesInvalid,
         ModelUnsupported,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from .front import FrontConfig, GroupFront
+    from .grammar import check_grammar
     from .group import GroupRanks, RankPlacement
     from .handshake import ClientHandshake
     from .model_runner import run_follower
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
         AdapterRef,
         FinishReason,
         GenerationRequest,
+        Grammar,
         SamplingParams,
         TokenLogprob,
         TokenOutput,
@@ -54,6 +57,8 @@ _HOME = {
     "FrameProtocol": "channels",
     "FrontConfig": "front",
     "GenerationRequest": "request",
+    "Grammar": "request",
+    "GrammarInvalid": "errors",
     "GroupFailed": "errors",
     "GroupFront": "front",
     "GroupRanks": "group",
@@ -74,6 +79,7 @@ _HOME = {
     "WireAuthError": "errors",
     "WireError": "errors",
     "WorkerError": "errors",
+    "check_grammar": "grammar",
     "run_follower": "model_runner",
     "run_rank": "engine_process",
 }
@@ -94,6 +100,8 @@ __all__ = [
     "FrameProtocol",
     "FrontConfig",
     "GenerationRequest",
+    "Grammar",
+    "GrammarInvalid",
     "GroupFailed",
     "GroupFront",
     "GroupRanks",
@@ -112,6 +120,7 @@ __all__ = [
     "WireAuthError",
     "WireError",
     "WorkerError",
+    "check_grammar",
     "run_follower",
     "run_rank",
 ]

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 from .comm import Comm
 from .config import EngineConfig
-from .errors import AdapterTooLarge
+from .errors import AdapterTooLarge, GrammarInvalid
 from .flight import StepResult, launch
+from .grammar import Grammars
+from .host_state import HostState
 from .kv_blocks import KVBlocks
 from .model_runner import ModelRunner
 from .packs import PackFetcher, PackSource
@@ -59,6 +61,8 @@ class Engine:
             config.max_running,
             config.overtake_limit,
         )
+        model = config.model
+        self._grammars = Grammars(config.model_path, model.vocab_size, model.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
         self._flight: _Flight | None = None  # launched, not read
         self._early: list[TokenOutput] = []  # refusals made outside a step
@@ -74,6 +78,15 @@ class Engine:
             return
         limit = len(request.prompt_ids) + request.sampling.max_tokens
         seq = Sequence(request, self._arrivals, min(limit, self.config.context_length))
+        if request.sampling.host_state:
+            try:
+                seq.host = HostState(request, self._grammars)
+            except GrammarInvalid as e:
+                self._early.append(_failed(request.request_id, "invalid_grammar", str(e)))
+                return
+            if seq.host.finished:
+                self._early.append(TokenOutput(request.request_id, finish_reason="stop"))
+                return
         self._arrivals += 1
         self._sequences[request.request_id] = seq
         self._scheduler.add(seq)
@@ -179,7 +192,7 @@ class Engine:
         carried = before.plan.index_of_draws() if before is not None else {}
         changes = self._residency.take_changes()
         plan = plan_step(work, changes, carried, self.config.model.eos_token_ids)
-        overlaps = self.config.overlaps
+        overlaps = self.config.overlaps and not plan.host_state
         if overlaps and self.config.tp_size > 1:
             plan.step.shared_ids = len(plan.drawing)
         if self.config.tp_size > 1 and (work or changes):
@@ -203,15 +216,20 @@ class Engine:
             if not w.seq.removed:
                 self._count_tokens(w.seq, prompt=w.count if w.count > 1 or not w.seq.started else 0)
             self._scheduler.landed(w)
-        for p, logprobs in zip(plan.prompts, result.prompt_logprobs, strict=True):
+        for p, logprobs in zip(plan.prompts, result.prompts, strict=True):
             if p.seq.prompt_logprobs is not None:
                 p.seq.prompt_logprobs += logprobs
+        drawn = result.drawn
+        if drawn is None:
+            return []
         outputs: list[TokenOutput] = []
-        for i, seq in enumerate(plan.drawing):
+        for seq, token, finite, logprob in zip(
+            plan.drawing, drawn.tokens, drawn.finite, drawn.logprobs, strict=True
+        ):
             if seq.removed:
                 continue
             seq.unread -= 1
-            if not result.finite[i]:
+            if not finite:
                 self._end(seq)
                 outputs.append(
                     _failed(
@@ -221,14 +239,19 @@ class Engine:
                     )
                 )
                 continue
-            out = self._append(seq, result.drawn[i])
-            if i in result.logprobs:
-                out.logprobs.append(result.logprobs[i])
+            out = self._append(seq, token)
+            if logprob is not None and out.token_ids:
+                out.logprobs.append(logprob)
             outputs.append(out)
         return outputs
 
     def _append(self, seq: Sequence, token: int) -> TokenOutput:
         seq.tokens.append(token)
+        if seq.host is not None:
+            seq.host.advance(token)
+            if seq.host.error is not None:
+                self._end(seq)
+                return _failed(seq.request.request_id, "grammar_failed", seq.host.error)
         out = TokenOutput(seq.request.request_id, [token])
         if not seq.started:
             seq.started = True
@@ -243,6 +266,8 @@ class Engine:
 
     def _finish_reason(self, seq: Sequence, token: int) -> FinishReason | None:
         params = seq.request.sampling
+        if seq.host is not None and seq.host.finished:
+            return "stop"
         if seq.output_count >= params.min_tokens:
             if token in params.stop_token_ids:
                 return "stop"

@@ -21,6 +21,10 @@ class PoolFull(WorkerError):
     """The pool has no room now; something resident must be evicted first."""
 
 
+class GrammarInvalid(WorkerError):
+    """A grammar can't be compiled, or is larger than is allowed."""
+
+
 class WireError(WorkerError):
     """A peer sent what the wire protocol doesn't allow; the connection is closed."""
 

@@ -10,11 +10,11 @@ from .adapter_pool import AdapterPool
 from .attention import PagedKVCache, plan_attention
 from .comm import Comm
 from .config import EngineConfig
+from .host_copies import to_device
 from .models import load_model
 from .shard import Shard
 from .step import SequenceStep, Step
 from .step_inputs import StepInputs
-from .transfer import to_device
 from .weights import Checkpoint
 
 _GPU_RANK_MULTIPLE = 8  # 16 bytes of a half-precision factor
@@ -119,18 +119,10 @@ class ModelRunner:
             WorkerError: the sequences aren't ordered by slot.
         """
         inputs = StepInputs.of(step)
-        token_ids, positions, token_slot, carried, rows = to_device(
-            [
-                inputs.token_ids,
-                inputs.positions,
-                inputs.token_slot,
-                inputs.carried,
-                inputs.logit_rows,
-            ],
-            self.device,
-        )
+        there = to_device(inputs.arrays(), self.device)
+        token_ids, token_slot = there["token_ids"], there["token_slot"]
         if (inputs.carried >= 0).any():
-            token_ids = self._with_carried(token_ids, carried)
+            token_ids = self._with_carried(token_ids, there["carried"])
         lora = None
         if inputs.num_adapters:
             lora = LoraBatch.from_token_slot(
@@ -138,13 +130,13 @@ class ModelRunner:
             )
         hidden = self.model.forward(
             token_ids,
-            positions,
+            there["positions"],
             plan_attention(step.sequences, self._config.block_size, self.device),
             self.cache,
             self.pool,
             lora,
         )
-        return self._logits(hidden, rows)
+        return self._logits(hidden, there["logit_rows"])
 
     def keep_sampled(self, ids: torch.Tensor, shared: int) -> None:
         """Keeps rank 0's sampled ids [N] for the next step's carried tokens, and sends them to the

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .sampler import Draw
+from .sampling_batch import Draw
 from .scheduler import Scheduled
 from .sequence import Sequence
 from .step import SequenceStep, SlotChange, Step
@@ -35,6 +35,11 @@ class Plan:
     rows: list[int] = field(default_factory=list)  # of the logits, one for each draw
     prompts: list[PromptRows] = field(default_factory=list)
     logit_rows: int = 0
+
+    @property
+    def host_state(self) -> bool:
+        """Whether a draw changes what the host has to say of the next one."""
+        return any(d.params.host_state for d in self.draws)
 
     def index_of_draws(self) -> dict[Sequence, int]:
         return {seq: i for i, seq in enumerate(self.drawing)}
@@ -68,7 +73,7 @@ def plan_step(
             plan.logit_rows += w.count - logits_from
         if draws:
             plan.drawing.append(seq)
-            plan.draws.append(Draw(seq.request.sampling, seq.length, _banned(seq, eos_token_ids)))
+            plan.draws.append(_draw(seq, eos_token_ids))
             plan.rows.append(plan.logit_rows - 1)
         assert seq.slot is not None
         source = carried[seq] if seq.unread else -1
@@ -77,6 +82,13 @@ def plan_step(
             SequenceStep(token_ids, w.start, list(seq.blocks), seq.slot, logits_from, source)
         )
     return plan
+
+
+def _draw(seq: Sequence, eos_token_ids: tuple[int, ...]) -> Draw:
+    draw = Draw(seq.request.sampling, seq.length, _banned(seq, eos_token_ids))
+    if seq.host is not None:
+        draw.counts, draw.grammar = seq.host.counts, seq.host.grammar
+    return draw
 
 
 def _banned(seq: Sequence, eos_token_ids: tuple[int, ...]) -> tuple[int, ...]:

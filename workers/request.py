@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+GrammarKind = Literal["json_schema", "regex", "choice", "grammar"]
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,31 @@ class AdapterRef:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What the generated text must look like.
+
+    `text` is a JSON schema, a regular expression, a JSON list of strings (one of which is
+    generated), or a grammar in Lark's or GBNF's notation.
+    """
+
+    kind: GrammarKind
+    text: str
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen. Limits are checked by the gateway, not here.
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch the filters off. Randomness is a
-    function of (`seed`, position), so a continuation draws what the first run would have drawn.
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch the filters off.
+    `repetition_penalty` divides positive logits (and multiplies negative ones) of tokens in
+    prompt and output; `frequency_penalty` is subtracted once for each time that a token was
+    generated, `presence_penalty` once if it was at all. `logit_bias` holds (token id, what is
+    added to its logit). Randomness is a function of (`seed`, position), so a continuation draws
+    what the first run would have drawn.
     `logprobs` is the number of alternatives reported beside each chosen token, None for none.
     Stop *strings* belong to the gateway, which holds the text; stop token ids belong here.
+    With a `grammar`, `min_tokens` and `ignore_eos` don't keep an answer from ending where the
+    grammar allows nothing else.
     """
 
     max_tokens: int = 16
@@ -35,11 +54,50 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    grammar: Grammar | None = None
+
+    @property
+    def penalised(self) -> bool:
+        """Earlier tokens change the likelihood of later ones."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+    @property
+    def host_state(self) -> bool:
+        """A draw needs the sequence's earlier tokens on the host: penalties and grammars do.
+
+        Such a sequence's next draw can't be prepared before its last one has come back.
+        """
+        return self.penalised or self.grammar is not None
+
+    def to_wire(self) -> dict[str, Any]:
+        msg = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self).items()}
+        if self.grammar is not None:
+            msg["grammar"] = [self.grammar.kind, self.grammar.text]
+        return msg
+
+    @classmethod
+    def from_wire(cls, msg: dict[str, Any]) -> SamplingParams:
+        """Raises KeyError, TypeError or ValueError for what isn't one."""
+        fields = dict(msg)
+        fields["stop_token_ids"] = tuple(fields.get("stop_token_ids", ()))
+        fields["logit_bias"] = tuple((int(i), float(v)) for i, v in fields.get("logit_bias", ()))
+        if fields.get("grammar") is not None:
+            fields["grammar"] = Grammar(*fields["grammar"])
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -58,26 +116,21 @@ class GenerationRequest:
     output_ids: tuple[int, ...] = ()
 
     def to_wire(self) -> dict[str, Any]:
-        s = self.sampling
         return {
             "id": self.request_id,
             "prompt": list(self.prompt_ids),
             "tenant": self.tenant_id,
             "adapter": self.adapter.digest if self.adapter else None,
             "output": list(self.output_ids),
-            "sampling": {
-                name: list(v) if isinstance(v, tuple) else v for name, v in vars(s).items()
-            },
+            "sampling": self.sampling.to_wire(),
         }
 
     @classmethod
     def from_wire(cls, msg: dict[str, Any]) -> GenerationRequest:
-        sampling = dict(msg["sampling"])
-        sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
         return cls(
             request_id=msg["id"],
             prompt_ids=tuple(msg["prompt"]),
-            sampling=SamplingParams(**sampling),
+            sampling=SamplingParams.from_wire(msg["sampling"]),
             tenant_id=msg["tenant"],
             adapter=AdapterRef(msg["tenant"], msg["adapter"]) if msg["adapter"] else None,
             output_ids=tuple(msg["output"]),
@@ -100,7 +153,8 @@ class TokenOutput:
 
     `tier` is set on the first output: where the adapter was when the request was admitted.
     `error_code` is stable ("adapter_load_failed", "context_length_exceeded", "nonfinite_logits",
-    "adapter_too_large", "engine_failed", ...); `error` says it in words.
+    "adapter_too_large", "invalid_grammar", "grammar_failed", "engine_failed", ...); `error` says it
+    in words.
     """
 
     request_id: str

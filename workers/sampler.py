@@ -1,132 +1,190 @@
-"""Chooses the next token of each sequence. Everything runs on the device of the logits.
+"""Chooses the next token of each sequence, on the device of the logits, without waiting for it.
 
 Randomness is a function of (seed, position) alone: one uniform number per draw, inverted through
-the cumulative distribution, so a draw never depends on what else is in the batch.
+the cumulative distribution in the order of ids, so a draw never depends on what else is in the
+batch. Probabilities are whole multiples of 2^-46 from there on: their sums are exact in any order,
+so they are the same in any batch and on any device.
+
+The order of what changes logits is vLLM's: grammar, logit bias, penalties, min_tokens; then
+temperature, min_p, top_k, and top_p of what those leave. A filter keeps every token as likely as
+the last one that it keeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
-from .request import SamplingParams, TokenLogprob
+from .host_copies import HostCopy
+from .logprobs import LogprobTensors, logprob_tensors, to_logprobs
+from .request import TokenLogprob
+from .sampling_batch import Draw, Filter, SamplingBatch
 
-_MASK = (1 << 64) - 1
+__all__ = ["Draw", "PendingSample", "Sample", "Sampled", "SamplingBatch", "sample"]
 
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) from (seed, position): splitmix64's finaliser over both.
-
-    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014).
-    """
-    z = (seed * 0x9E3779B97F4A7C15 + (position + 1) * 0xD1B54A32D192ED03) & _MASK
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = ((z ^ (z >> shift)) * factor) & _MASK
-    return ((z ^ (z >> 31)) >> 11) / (1 << 53)
+# A share of 1 as an integer. The sum of a vocabulary's shares stays far below 2^53, so float64
+# holds it exactly.
+_ONE = float(1 << 46)
+# Columns whose shares are summed before one of the sums is looked into.
+_CHUNK = 1024
+_NEVER = float("-inf")
 
 
 @dataclass
-class Draw:
-    """One row to sample: its parameters, and the position of the token being chosen.
+class Sample:
+    """N rows' tokens, on the host."""
 
-    `banned` ids can't be chosen (end-of-sequence ids before min_tokens).
+    tokens: list[int]
+    finite: list[bool]  # False: the row's logits weren't; its token means nothing
+    logprobs: list[TokenLogprob | None]  # None: not asked for
+
+
+class PendingSample:
+    """A sample on its way to the host."""
+
+    def __init__(self, sampled: Sampled):
+        self._sampled = sampled
+        found = sampled.logprobs
+        wide = [sampled.tokens, *(found.tensors() if found else ())]
+        self._copy = HostCopy([*wide, sampled.finite])
+
+    def wait(self) -> Sample:
+        """Waits for the device to have got there."""
+        tokens, *shown, finite = self._copy.wait()
+        batch = self._sampled.batch
+        logprobs: list[TokenLogprob | None] = [None] * batch.size
+        if shown:
+            for row, entry in zip(batch.shown, to_logprobs(shown, batch.top), strict=True):
+                logprobs[row] = entry
+        return Sample(tokens.tolist(), finite.tolist(), logprobs)
+
+
+@dataclass
+class Sampled:
+    """N rows' tokens, on the device.
+
+    Attributes:
+        tokens: int64 [N], always ids of the vocabulary.
+        finite: bool [N], whether the row's logits were.
+        logprobs: of the rows in `batch.shown`; None: nobody asks.
     """
 
-    params: SamplingParams
-    position: int
-    banned: tuple[int, ...] = ()
+    batch: SamplingBatch
+    tokens: torch.Tensor
+    finite: torch.Tensor
+    logprobs: LogprobTensors | None = None
+
+    def fetch(self) -> PendingSample:
+        """Starts the copy to the host, behind the work that is queued on this stream."""
+        return PendingSample(self)
+
+    def to_host(self) -> Sample:
+        return self.fetch().wait()
 
 
-def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+@torch.inference_mode()
+def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
     """Picks one token per row.
 
     Args:
-        logits: float32 [N, V]; rows with banned ids are changed in place.
-
-    Returns:
-        int64 [N]
+        logits: float32 [N, V], contiguous; overwritten.
+        batch: of the same N rows and V columns.
     """
-    for row, draw in enumerate(draws):
-        if draw.banned:
-            logits[row, list(draw.banned)] = float("-inf")
-    chosen = logits.argmax(dim=-1)
-    # Filtered rows are inverted in order of likelihood, the others in order of ids: apart, so
-    # that a row's draw doesn't hang on what its neighbours ask for.
-    for filtered in (False, True):
-        rows = [
-            i
-            for i, d in enumerate(draws)
-            if d.params.temperature > 0 and (d.params.top_k > 0 or d.params.top_p < 1) == filtered
-        ]
-        if rows:
-            invert = _invert_filtered if filtered else _invert
-            params = [draws[i].params for i in rows]
-            # In float32 a number just below 1 would become 1, beyond every token.
-            u = torch.tensor(
-                [uniform(draws[i].params.seed, draws[i].position) for i in rows],
-                dtype=torch.float64,
-            )
-            chosen[rows] = invert(_scaled(logits[rows], params), u.to(logits.device), params)
-    return chosen
+    finite = logits.isfinite().all(dim=-1)
+    shown = None
+    if batch.logprob_rows is not None:
+        shown = logits.index_select(0, batch.logprob_rows)
+    _edit(logits, batch)
+    tokens = logits.argmax(dim=-1)
+    if batch.random_rows is not None:
+        tokens.index_copy_(0, batch.random_rows, _draw(logits, batch))
+    logprobs = None
+    if shown is not None and batch.logprob_rows is not None:
+        ids = tokens.index_select(0, batch.logprob_rows)
+        logprobs = logprob_tensors(shown, ids, max(batch.top))
+    return Sampled(batch, tokens, finite, logprobs)
 
 
-def _scaled(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    temperature = torch.tensor([p.temperature for p in params], device=logits.device)
-    # In float32 a temperature of 1e-6 would overflow; such rows are greedy to rounding anyway.
-    return logits / temperature.clamp(min=1e-4)[:, None]
+def _edit(logits: torch.Tensor, batch: SamplingBatch) -> None:
+    if batch.mask_rows is not None and batch.masks is not None:
+        bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+        allowed = ((batch.masks[:, :, None] >> bits) & 1).flatten(1)[:, : logits.shape[1]] != 0
+        rows = logits.index_select(0, batch.mask_rows)
+        logits.index_copy_(0, batch.mask_rows, rows.masked_fill(~allowed, _NEVER))
+    flat = logits.view(-1)
+    if batch.bias is not None:
+        flat.index_add_(0, batch.bias.index, batch.bias.values)
+    if (p := batch.penalties) is not None:
+        values = flat.index_select(0, p.index)
+        values = torch.where(values > 0, values / p.repetition, values * p.repetition)
+        flat.index_copy_(0, p.index, values - p.subtracted)
+    if batch.banned is not None:
+        flat.index_fill_(0, batch.banned, _NEVER)
 
 
-def _invert(logits: torch.Tensor, u: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """Inverse-CDF draw from each row's softmax. float32 [N, V], float64 [N] -> int64 [N]."""
-    return _search(torch.softmax(logits, dim=-1), u)
+def _draw(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """Tokens of the random rows, int64 [R]."""
+    assert batch.random_rows is not None
+    assert batch.temperature is not None
+    assert batch.uniform is not None
+    logits = logits.index_select(0, batch.random_rows).div_(batch.temperature[:, None])
+    if batch.min_p_rows is not None and batch.log_min_p is not None:
+        rows = logits.index_select(0, batch.min_p_rows)
+        floor = rows.amax(dim=-1, keepdim=True) + batch.log_min_p[:, None]
+        logits.index_copy_(0, batch.min_p_rows, rows.masked_fill(rows < floor, _NEVER))
+    for part in batch.filters:
+        rows = logits.index_select(0, part.rows)
+        rows = rows.masked_fill(rows < _least_kept(rows, part), _NEVER)
+        logits.index_copy_(0, part.rows, rows)
+    return _invert(logits, batch.uniform)
 
 
-def _invert_filtered(
-    logits: torch.Tensor, u: torch.Tensor, params: list[SamplingParams]
-) -> torch.Tensor:
-    """As `_invert`, of what top_k and top_p leave; the likeliest token always stays."""
-    # A stable sort, so that ties fall the same way whatever the batch.
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    probs = torch.softmax(ordered, dim=-1)
-    vocab = logits.shape[-1]
-    top_p = torch.tensor([p.top_p for p in params], device=logits.device)
-    top_k = torch.tensor([p.top_k or vocab for p in params], device=logits.device)
-    before = probs.cumsum(dim=-1) - probs
-    place = torch.arange(vocab, device=logits.device)
-    keep = (place[None] < top_k[:, None]) & (before < top_p[:, None])
-    keep[:, 0] = True
-    index = _search(torch.where(keep, probs, 0.0), u)
-    return order.gather(1, index[:, None])[:, 0]
+def _least_kept(logits: torch.Tensor, part: Filter) -> torch.Tensor:
+    """The smallest logit that top_k and top_p keep. float32 [n, V] -> [n, 1]."""
+    if part.width < logits.shape[1]:
+        values = logits.topk(part.width, dim=-1).values
+    else:
+        # Whole, for want of a bound on how many tokens top_p keeps.
+        values = logits.sort(dim=-1, descending=True).values
+    kth = values.gather(1, part.top_k[:, None] - 1)
+    values = values.masked_fill(values < kth, _NEVER)
+    shares = _shares(values, part.width)
+    ends = shares.cumsum(dim=-1)
+    top_p = part.top_p[:, None]
+    inside = (ends - shares < top_p * ends[:, -1:]) | (top_p >= 1)
+    count = (inside & (values > _NEVER)).sum(dim=-1, keepdim=True)
+    return values.gather(1, (count - 1).clamp(min=0))
 
 
-def _search(weights: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """First index of each row whose cumulative share exceeds u: never one of weight 0."""
-    cdf = weights.double().cumsum(dim=-1)
-    target = u[:, None] * cdf[:, -1:]
-    found = torch.searchsorted(cdf, target, right=True)
-    return found.clamp(max=weights.shape[-1] - 1)[:, 0]
+def _shares(logits: torch.Tensor, width: int) -> torch.Tensor:
+    """Each row's softmax in units of 2^-46, and zeros up to `width`: int64 [n, width]."""
+    shares = torch.softmax(logits, dim=-1).mul_(_ONE).to(torch.int64)
+    return functional.pad(shares, (0, width - shares.shape[1]))
 
 
-def token_logprobs(
-    logits: torch.Tensor, token_ids: Sequence[int], top: Sequence[int]
-) -> list[TokenLogprob]:
-    """Log-probabilities of given tokens, and the `top[i]` likeliest beside each.
+def _invert(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Inverse-CDF draw from each row's softmax, in the order of ids.
 
     Args:
-        logits: float32 [N, V], unscaled and unfiltered.
-        token_ids: N ids.
+        logits: float32 [R, V].
+        u: float64 [R] in [0, 1).
+
+    Returns:
+        int64 [R], each the first id whose cumulative share exceeds u: never one of share 0.
     """
-    logprobs = torch.log_softmax(logits, dim=-1)
-    ids = torch.tensor(token_ids, device=logits.device)[:, None]
-    own = logprobs.gather(1, ids)
-    rank = (logprobs > own).sum(dim=-1) + 1
-    values, indices = logprobs.topk(max(*top, 1, 1), dim=-1)
-    out = []
-    for i, (p, r, v, ix) in enumerate(
-        zip(own[:, 0].tolist(), rank.tolist(), values.tolist(), indices.tolist(), strict=True)
-    ):
-        likeliest = tuple(zip(ix[: top[i]], v[: top[i]], strict=True))
-        out.append(TokenLogprob(token_ids[i], p, r, likeliest))
-    return out
+    vocab = logits.shape[1]
+    chunks = -(-vocab // _CHUNK)
+    shares = _shares(logits, chunks * _CHUNK).view(-1, chunks, _CHUNK)
+    sums = shares.sum(dim=-1)
+    ends = sums.cumsum(dim=-1)
+    total = ends[:, -1]
+    # A u just below 1 may round up to the total, beyond every token.
+    target = torch.minimum((u * total).to(torch.int64), total - 1)[:, None]
+    chunk = torch.searchsorted(ends, target, right=True).clamp_(max=chunks - 1)
+    target = target - (ends - sums).gather(1, chunk)
+    inner = shares.gather(1, chunk[:, :, None].expand(-1, -1, _CHUNK))[:, 0].cumsum(dim=-1)
+    place = torch.searchsorted(inner, target, right=True).clamp_(max=_CHUNK - 1)
+    # Rows that aren't finite hold anything; their token must still be one.
+    return (chunk * _CHUNK + place).clamp_(max=vocab - 1)[:, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .host_state import HostState
 from .kv_blocks import BlockHash, first_hash, next_hash
 from .request import GenerationRequest, TokenLogprob
 
@@ -34,6 +35,7 @@ class Sequence:
     cached_tokens: int = 0
     overtaken: int = 0  # requests admitted before this one while it waited for pool room
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    host: HostState | None = None  # of requests whose sampling says `host_state`
 
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt_ids, *self.request.output_ids]

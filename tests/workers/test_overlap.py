@@ -32,6 +32,8 @@ def random_request(
     params = SamplingParams(
         max_tokens=rng.choice([1, 1, 2, *(rng.randrange(3, output_tokens) for _ in range(4))]),
         min_tokens=rng.choice([0, 0, 2]),
+        # Its draws need the host: such steps are one by one.
+        repetition_penalty=1.3 if rng.random() < 0.1 else 1.0,
         temperature=0.0 if greedy else 0.9,
         top_k=rng.choice([0, 20]),
         top_p=rng.choice([1.0, 0.9]),

@@ -1,0 +1,182 @@
+"""Grammars that generated text must follow: JSON schemas, regular expressions, choices, Lark.
+
+llguidance compiles them and says, token by token, what may come next. Imports no torch, so that
+gateways can refuse a grammar that won't compile before anything is queued.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from llguidance import (
+    LLExecutor,
+    LLMatcher,
+    LLParserLimits,
+    LLTokenizer,
+    grammar_from,
+)
+
+from .errors import GrammarInvalid
+from .request import Grammar
+
+MAX_CHOICES = 1024
+_CACHED = 64  # compiled grammars, whose lexers' states add up to megabytes
+_MAX_ERROR_CHARS = 400
+# A space, or a line's end and its indentation. Without a bound a model may write blanks for ever.
+_WHITESPACE = r"[ ]?|\r?\n[ \t]{0,64}"
+
+
+def check_grammar(grammar: Grammar) -> None:
+    """Compiles a grammar without a tokenizer, which is most of the work.
+
+    Raises:
+        GrammarInvalid: it can't be compiled; the message says where.
+    """
+    failed, messages = LLMatcher.validate_grammar_with_warnings(
+        _source(grammar), None, limits=_limits()
+    )
+    if failed:
+        raise GrammarInvalid(_first_lines(messages[0]))
+
+
+class Grammars:
+    """Compiles grammars for one model's tokenizer. One thread makes all calls.
+
+    Args:
+        folder: the model's, with a tokenizer.json.
+        vocab: columns of the model's logits; ids that the tokenizer lacks are never allowed.
+        eos_ids: tokens that end an answer where its grammar may end.
+    """
+
+    def __init__(self, folder: str | Path, vocab: int, eos_ids: Iterable[int]):
+        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._missing = ""  # why there is no tokenizer
+        path = Path(folder) / "tokenizer.json"
+        try:
+            # About a second for 150,000 tokens: not to be waited for by a running engine.
+            self._tokenizer = LLTokenizer(
+                path.read_text(), n_vocab=vocab, eos_token=list(eos_ids) or None
+            )
+        except (OSError, ValueError, RuntimeError) as e:
+            self._tokenizer = None
+            self._missing = f"this model can't follow grammars: {path}: {e}"
+
+    def start(self, grammar: Grammar, output_ids: Sequence[int] = ()) -> GrammarState:
+        """The state of a sequence that follows a grammar, and has generated `output_ids` so far.
+
+        Raises:
+            GrammarInvalid: it can't be compiled, or the tokens don't follow it.
+        """
+        matcher = self._compiled.get(grammar)
+        if matcher is None:
+            if self._tokenizer is None:
+                raise GrammarInvalid(self._missing)
+            matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=_limits())
+            if matcher.is_error():
+                raise GrammarInvalid(_first_lines(matcher.get_error()))
+            self._compiled[grammar] = matcher
+            if len(self._compiled) > _CACHED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(grammar)
+        state = GrammarState(matcher.deep_copy())
+        for token in output_ids:
+            state.advance(token)
+        if state.error is not None:
+            raise GrammarInvalid(f"the tokens so far don't follow the grammar: {state.error}")
+        return state
+
+
+class GrammarState:
+    """How far a sequence has come in its grammar."""
+
+    def __init__(self, matcher: LLMatcher):
+        self.matcher = matcher
+
+    def advance(self, token: int) -> None:
+        """Takes the token that was chosen."""
+        self.matcher.consume_token(token)
+
+    @property
+    def error(self) -> str | None:
+        """Why the grammar can't go on: a limit was hit, or a token came that it doesn't allow."""
+        return _first_lines(self.matcher.get_error()) if self.matcher.is_error() else None
+
+    @property
+    def finished(self) -> bool:
+        """Nothing more may come."""
+        return self.matcher.is_stopped()
+
+
+def fill_masks(rows: Sequence[tuple[GrammarState, tuple[int, ...]]], vocab: int) -> np.ndarray:
+    """What each row may generate next, without ids that are banned beside its grammar.
+
+    A row where nothing would be left keeps the ids that are banned: its grammar ends there.
+
+    Returns:
+        int32 [N, ceil(vocab / 32)], bit i % 32 of word i // 32 for id i.
+    """
+    masks = np.zeros((len(rows), -(-vocab // 32)), dtype=np.int32)
+    # A row whose grammar has failed says so by its state; its mask stays empty.
+    _executor().unsafe_compute_mask_ptr(
+        [(state.matcher, i) for i, (state, _) in enumerate(rows) if state.error is None],
+        masks.ctypes.data,
+        masks.shape[1] * masks.itemsize,
+        len(masks),
+    )
+    words = masks.view(np.uint32)
+    for i, (_, banned) in enumerate(rows):
+        ids = np.array([t for t in banned if 0 <= t < vocab], dtype=np.int64)
+        if len(ids):
+            row = words[i].copy()
+            np.bitwise_and.at(row, ids // 32, ~(np.uint32(1) << (ids % 32).astype(np.uint32)))
+            if row.any():
+                words[i] = row
+    return masks
+
+
+@cache
+def _executor() -> LLExecutor:
+    return LLExecutor()
+
+
+@cache
+def _limits() -> LLParserLimits:
+    """Bounds on what one grammar may cost: a compilation takes some 10 ms at most, a step 1 ms."""
+    return LLParserLimits(
+        initial_lexer_fuel=1_000_000,
+        max_grammar_size=100_000,
+        step_lexer_fuel=200_000,
+        step_max_items=20_000,
+        max_lexer_states=50_000,
+        verbose_errors=False,
+    )
+
+
+def _source(grammar: Grammar) -> str:
+    """A grammar in llguidance's own notation. Raises GrammarInvalid."""
+    try:
+        if grammar.kind == "json_schema":
+            return LLMatcher.grammar_from_json_schema(
+                grammar.text, overrides={"whitespace_pattern": _WHITESPACE}
+            )
+        if grammar.kind == "choice":
+            _check_choices(json.loads(grammar.text))
+        return grammar_from(grammar.kind, grammar.text)
+    except ValueError as e:
+        raise GrammarInvalid(_first_lines(str(e))) from None
+
+
+def _check_choices(choices: object) -> None:
+    if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
+        raise GrammarInvalid("choices must be a list of texts that aren't empty")
+    if not 0 < len(choices) <= MAX_CHOICES:
+        raise GrammarInvalid(f"{len(choices)} choices given, 1 to {MAX_CHOICES} are allowed")
+
+
+def _first_lines(text: str) -> str:
+    return " ".join(text.split())[:_MAX_ERROR_CHARS]
