@@ -92,6 +92,7 @@ class BaseModel:
         path: str | Path,
         served_name: str | None = None,
         accepted_names: Iterable[str] = (),
+        dummy_weights: bool = False,
     ) -> BaseModel:
         """Reads a model folder in Hugging Face layout, without loading any weight.
 
@@ -99,6 +100,8 @@ class BaseModel:
             path: folder with config.json and *.safetensors.
             served_name: name to serve under; the folder's own name when None.
             accepted_names: further names by which adapters may call this model.
+            dummy_weights: the model is served with random weights: there are no files of them, and
+                the fingerprint is that of the config and of nothing else.
 
         Raises:
             BaseModelError: a file is missing or unreadable, or the architecture isn't supported.
@@ -116,7 +119,7 @@ class BaseModel:
         layers = _size(config, "num_hidden_layers", folder)
         return cls(
             name=name,
-            fingerprint=_fingerprint(folder, config),
+            fingerprint=_fingerprint(folder, config, dummy_weights),
             model_type=config["model_type"],
             num_layers=layers,
             hidden=hidden,
@@ -242,14 +245,16 @@ def _size(config: Mapping[str, Any], field: str, folder: Path) -> int:
     return value
 
 
-def _fingerprint(folder: Path, config: Mapping[str, Any]) -> str:
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
+def _fingerprint(folder: Path, config: Mapping[str, Any], dummy_weights: bool) -> str:
+    shards = [] if dummy_weights else sorted(folder.glob("*.safetensors"))
+    if not shards and not dummy_weights:
         raise BaseModelError(f"{folder} holds no *.safetensors file; pickled weights aren't read")
     kept = {
         field: config[field] for field in _FINGERPRINT_FIELDS if config.get(field) not in (None, [])
     }
     sha = hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode())
+    if dummy_weights:
+        sha.update(b"dummy weights")
     for shard in shards:
         try:
             header = read_header(shard)

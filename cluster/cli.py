@@ -49,6 +49,12 @@ Groups = Annotated[
 TensorParallel = Annotated[
     int | None, typer.Option("--tp", help="Ranks in a group [LORAPLEX_TP; 1]")
 ]
+ExpertParallel = Annotated[
+    int | None,
+    typer.Option(
+        "--ep", help="Parts that the experts are split into; divides --tp [LORAPLEX_EP; 1]"
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(help="auto, cpu or cuda [LORAPLEX_DEVICE; auto: a GPU if any]")
 ]
@@ -72,6 +78,7 @@ def up(
     ] = None,
     groups: Groups = None,
     tp: TensorParallel = None,
+    ep: ExpertParallel = None,
     device: Device = None,
 ) -> None:
     """Start everything on this machine, with the demo model and three demo tenants."""
@@ -85,6 +92,7 @@ def up(
         demo_dir=demo_dir,
         groups=groups,
         tp=tp,
+        ep=ep,
         device=device,
     )
     run(settings, Console(file=sys.stdout))
@@ -106,7 +114,16 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    load_format: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, or dummy: random weights, to measure with a config.json and a tokenizer "
+            "alone [LORAPLEX_LOAD_FORMAT; auto]",
+            show_default=False,
+        ),
+    ] = None,
     tp: TensorParallel = None,
+    ep: ExpertParallel = None,
     groups: Groups = None,
     device: Device = None,
     host: Host = None,
@@ -126,8 +143,10 @@ def serve(
 
     settings = Settings.load(
         model_path=model,
+        load_format=load_format,
         store_url=store,
         tp=tp,
+        ep=ep,
         groups=groups,
         device=device,
         host=host,

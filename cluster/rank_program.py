@@ -66,9 +66,11 @@ def rank_program(settings: Settings, base: BaseModel, threads: int) -> RankProgr
         values["max_model_len"] = settings.max_context
     config = EngineConfig(
         model_path=str(settings.model_path),
+        load_format=settings.load_format,
         dtype=dtype_of(settings),
         device=settings.device,
         tp_size=settings.tp,
+        ep_size=settings.ep,
         kv_tokens=settings.kv_tokens,
         max_batch_tokens=settings.max_batch_tokens,
         max_running=settings.max_running,

@@ -34,7 +34,11 @@ def base_model(settings: Settings) -> BaseModel:
     """Raises SettingsError without a model, BaseModelError when its folder is wrong."""
     if settings.model_path is None:
         raise SettingsError("model_path is not set: name the base model's folder")
-    return BaseModel.from_folder(settings.model_path, settings.served_model_name)
+    return BaseModel.from_folder(
+        settings.model_path,
+        settings.served_model_name,
+        dummy_weights=settings.load_format == "dummy",
+    )
 
 
 def rank_threads(settings: Settings) -> int:
@@ -78,6 +82,7 @@ def build_apps(settings: Settings) -> list[serve.RunTarget]:
         host=settings.internal_host,
         metrics_host=settings.metrics_host,
         metrics_token=token.get_secret_value() if token else None,
+        step_timeout_s=settings.step_timeout_s,
         drain_timeout_s=DRAIN_S,
     )
     gateway = Gateway.options(

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    ByteSize,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .errors import ClusterSecretError, SettingsError
@@ -46,6 +53,9 @@ class Settings(BaseSettings):
 
     # The model.
     model_path: Path | None = Field(None, description="Hugging Face folder of the base model")
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", description="dummy: random weights; the model's folder needs no weight files"
+    )
     served_model_name: str | None = Field(None, description="default: the folder's name")
     demo_dir: Path | None = Field(None, description="folder of the demo model and adapters")
 
@@ -62,6 +72,7 @@ class Settings(BaseSettings):
     # Worker groups.
     groups: int = Field(2, ge=1, le=1024, description="worker groups (copies of the model)")
     tp: int = Field(1, ge=1, le=64, description="ranks in a group")
+    ep: int = Field(1, ge=1, le=64, description="parts that the experts are split into; divides tp")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: float32 on CPU, the checkpoint's own on a GPU"
@@ -74,6 +85,9 @@ class Settings(BaseSettings):
     kv_tokens: int = Field(16384, ge=256, description="tokens in a group's KV cache")
     max_batch_tokens: int = Field(2048, ge=16, description="tokens in one engine step")
     max_running: int = Field(64, ge=1, description="sequences decoded together in a group")
+    step_timeout_s: float = Field(
+        30.0, ge=1, description="a group whose engine step takes longer counts as hung and restarts"
+    )
     disk_cache_bytes: ByteSize = Field(ByteSize(8 << 30), ge=1 << 20, description="a node's disk")
 
     # The gateway.
@@ -112,6 +126,14 @@ class Settings(BaseSettings):
         parts = urlsplit(value)
         if parts.scheme != "s3" or not parts.netloc:
             raise ValueError("must look like s3://bucket or s3://bucket/prefix")
+        return value
+
+    @field_validator("ep")
+    @classmethod
+    def _check_ep(cls, value: int, info: ValidationInfo) -> int:
+        tp = info.data.get("tp", value)  # missing: it is wrong itself
+        if tp % value:
+            raise ValueError(f"must divide tp = {tp}")
         return value
 
     @field_validator("store_endpoint", "store_public_endpoint")

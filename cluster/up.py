@@ -84,8 +84,9 @@ class _Run(LocalRun):
     def __init__(self, settings: Settings, console: Console, model: Path):
         super().__init__(settings, Steps(console))
         up_checks.check_port(settings.host, settings.port)
-        up_checks.check_model_folder(model)
-        BaseModel.from_folder(model, settings.served_model_name)
+        dummy = settings.load_format == "dummy"
+        up_checks.check_model_folder(model, weights=not dummy)
+        BaseModel.from_folder(model, settings.served_model_name, dummy_weights=dummy)
         up_checks.check_memory(settings, up_checks.model_bytes(model))
 
     def __enter__(self) -> _Run:

@@ -63,16 +63,20 @@ def _user_of(port: int) -> str:
     return ""
 
 
-def check_model_folder(path: Path, flag: str = "--model or LORAPLEX_MODEL_PATH") -> None:
-    """Raises CheckError when `path` isn't a folder with a Hugging Face model and tokenizer."""
-    where = f"Give the folder of a Hugging Face model with {flag}"
+def check_model_folder(path: Path, weights: bool = True) -> None:
+    """Raises CheckError when `path` isn't a folder with a Hugging Face model and tokenizer.
+
+    Args:
+        weights: its weights are to be loaded, so they must be there.
+    """
+    where = "Give the folder of a Hugging Face model with --model or LORAPLEX_MODEL_PATH"
     if not path.is_dir():
         raise CheckError(f"the model folder {path} does not exist. {where}")
     for name in ("config.json", "tokenizer.json"):
         if not (path / name).is_file():
             raise CheckError(f"the model folder {path} has no {name}. {where}")
-    shards = sorted(path.glob("*.safetensors"))
-    if not shards:
+    shards = sorted(path.glob("*.safetensors")) if weights else []
+    if weights and not shards:
         raise CheckError(f"the model folder {path} has no *.safetensors file. {where}")
     for shard in shards:
         with shard.open("rb") as file:

@@ -43,6 +43,7 @@ class WorkerGroupConfig:
         host: address of the front's listener.
         metrics_host, metrics_token: of the metrics exporter.
         start_timeout_s: loading the model and warming up must be done by then.
+        step_timeout_s: a group whose engine step takes longer counts as hung.
         drain_timeout_s: how long open requests may take when the group is stopped.
     """
 
@@ -59,6 +60,7 @@ class WorkerGroupConfig:
     metrics_token: str | None = field(default=None, repr=False)
     max_open: int = 256
     start_timeout_s: float = 600.0
+    step_timeout_s: float = 30.0
     drain_timeout_s: float = 30.0
 
 
@@ -102,6 +104,7 @@ class WorkerGroup:
                 host=config.host,
                 ranks=config.tp_size,
                 max_open=config.max_open,
+                step_timeout_s=config.step_timeout_s,
             )
         )
         try:

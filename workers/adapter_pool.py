@@ -9,7 +9,7 @@ up when an adapter is loaded, with rows of A and columns of B that are zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,7 +53,10 @@ def page_bytes(pool_bytes: int) -> int:
 
 
 class AdapterPool:
-    """Resident adapters of one tensor-parallel rank.
+    """Resident adapters of one rank.
+
+    Ranks with other experts need other bytes for the same adapter. Rank 0 decides for all of them,
+    so it keeps account of their pages too, and only what fits everywhere is loaded.
 
     Not thread-safe: the engine's thread calls it between steps. `load` copies; on a GPU the copies
     are on the stream of the steps, so a block can't be rewritten while a step still reads it.
@@ -90,10 +93,12 @@ class AdapterPool:
         self._max_rank, self._multiple = max_rank, rank_multiple
         self.page_bytes = page_bytes(pool_bytes)
         self._page = self.page_bytes // self._itemsize
-        self._pages = Pages(pool_bytes // self.page_bytes)
-        self.buffer = torch.zeros(self._pages.total * self._page, dtype=dtype, device=device)
+        total = pool_bytes // self.page_bytes
+        accounts = range(shard.ep) if shard.rank == 0 else (shard.ep_rank,)
+        self._pages = {ep_rank: Pages(total) for ep_rank in accounts}
+        self.buffer = torch.zeros(total * self._page, dtype=dtype, device=device)
         self.max_slots = max_slots
-        self._runs: dict[int, list[tuple[int, int]]] = {}
+        self._runs: dict[int, dict[int, list[tuple[int, int]]]] = {}  # slot -> ep rank -> runs
         self.experts: list[ExpertLoraTables] = []
         self.qkv: list[DenseLoraTables] = []
         self.o: list[DenseLoraTables] = []
@@ -109,15 +114,20 @@ class AdapterPool:
 
     @property
     def total_bytes(self) -> int:
-        return self._pages.total * self.page_bytes
+        return self._pages[self._shard.ep_rank].total * self.page_bytes
 
     @property
     def used_bytes(self) -> int:
-        return self.total_bytes - self._pages.free * self.page_bytes
+        """On the fullest of the ranks that this one keeps account of."""
+        return self.total_bytes - self._free_bytes
+
+    @property
+    def _free_bytes(self) -> int:
+        return min(pages.free for pages in self._pages.values()) * self.page_bytes
 
     def required_bytes(self, pack: Pack) -> int:
-        """Bytes of pages that `pack` takes on this rank, resident."""
-        return self._layout(self._blocks(pack, slot=0)).pages * self.page_bytes
+        """Bytes of pages that `pack` takes, resident, on the rank where it takes most."""
+        return max(layout.pages for layout in self._layouts(pack).values()) * self.page_bytes
 
     def check_fits(self, pack: Pack) -> None:
         """Raises AdapterTooLarge where `pack` can't be loaded even into the empty pool."""
@@ -133,7 +143,7 @@ class AdapterPool:
         """Makes `pack` resident as `slot`.
 
         Returns:
-            Bytes of pages taken.
+            Bytes of pages taken, as `required_bytes`.
 
         Raises:
             PoolFull: it doesn't fit beside what is resident.
@@ -142,25 +152,26 @@ class AdapterPool:
         if slot in self._runs:
             raise WorkerError(f"slot {slot} is in use")
         self._check_rank(pack)
-        blocks = list(self._blocks(pack, slot))
-        layout = self._layout(blocks)
-        starts = self._pages.allocate(layout.runs)
-        if starts is None:
+        layouts = self._layouts(pack)
+        needed = max(layout.pages for layout in layouts.values()) * self.page_bytes
+        runs = self._allocate(layouts)
+        if runs is None:
             raise PoolFull(
-                f"adapter {pack.digest[:12]} takes {layout.pages * self.page_bytes} bytes, "
-                f"{self._pages.free * self.page_bytes} are free"
+                f"adapter {pack.digest[:12]} takes {needed} bytes, {self._free_bytes} are free"
             )
-        self._runs[slot] = list(zip(starts, layout.runs, strict=True))
-        places = iter(layout.places)
+        self._runs[slot] = runs
+        mine = self._shard.ep_rank
+        starts = [first for first, _ in runs[mine]]
+        places = iter(layouts[mine].places)
         base = 0
-        for block in blocks:
+        for block in self._blocks(pack, slot, mine):
             if block.shift == 0:
                 run, offset = next(places)
                 base = starts[run] * self._page + offset
                 block.table[block.index] = base
             self._copy(block, base + block.shift)
         self._set_ranks(pack, slot)
-        return layout.pages * self.page_bytes
+        return needed
 
     def unload(self, slot: int) -> None:
         """Frees `slot`: its table entries say 'absent' before its pages can be taken again."""
@@ -175,10 +186,29 @@ class AdapterPool:
             tables.offset_a[slot] = -1
             tables.offset_b[slot] = -1
             tables.rank[slot] = 0
-        for first, pages in self._runs.pop(slot):
-            if self._poison:
+        runs = self._runs.pop(slot)
+        if self._poison:
+            for first, pages in runs[self._shard.ep_rank]:
                 self.buffer[first * self._page : (first + pages) * self._page] = float("nan")
-            self._pages.release(first, pages)
+        self._release(runs)
+
+    def _allocate(
+        self, layouts: Mapping[int, BlockLayout]
+    ) -> dict[int, list[tuple[int, int]]] | None:
+        """Runs (first page, pages) by ep rank; None, and nothing taken, unless all have room."""
+        runs: dict[int, list[tuple[int, int]]] = {}
+        for ep_rank, layout in layouts.items():
+            starts = self._pages[ep_rank].allocate(layout.runs)
+            if starts is None:
+                self._release(runs)
+                return None
+            runs[ep_rank] = list(zip(starts, layout.runs, strict=True))
+        return runs
+
+    def _release(self, runs: Mapping[int, list[tuple[int, int]]]) -> None:
+        for ep_rank, mine in runs.items():
+            for first, pages in mine:
+                self._pages[ep_rank].release(first, pages)
 
     def _check_rank(self, pack: Pack) -> None:
         rank = max((rank for layer in pack.layers for rank in _ranks(layer)), default=0)
@@ -192,6 +222,10 @@ class AdapterPool:
         """The rank that the pool holds in place of `rank`."""
         return -(-rank // self._multiple) * self._multiple
 
+    def _layouts(self, pack: Pack) -> dict[int, BlockLayout]:
+        """By ep rank, of those that this one keeps account of."""
+        return {r: self._layout(self._blocks(pack, 0, r)) for r in self._pages}
+
     def _layout(self, blocks: Iterable[_Block]) -> BlockLayout:
         # Both are powers of two.
         align = max(_ALIGN_BYTES // self._itemsize, self._multiple)
@@ -202,8 +236,9 @@ class AdapterPool:
             sizes[-1] = -(-(block.shift + block.elements) // align) * align
         return BlockLayout(sizes, self._page)
 
-    def _blocks(self, pack: Pack, slot: int) -> Iterator[_Block]:
-        """Every tensor of `pack` that this rank holds, parts of one block right after another."""
+    def _blocks(self, pack: Pack, slot: int, ep_rank: int) -> Iterator[_Block]:
+        """Every tensor of `pack` that a rank of `ep_rank` holds, parts of one block right after
+        another. Those of other experts than this rank's are good for their sizes only."""
         shard = self._shard
         for layer in pack.layers:
             n = layer.index
@@ -228,21 +263,33 @@ class AdapterPool:
                     )
             if layer.experts is None:
                 continue
-            for i in range(len(layer.experts.ids)):
-                yield from self._expert_blocks(pack, n, i, slot, layer.experts)
+            for nth, (i, local) in enumerate(self._held(layer.experts, ep_rank)):
+                at = (slot, local)
+                yield from self._expert_blocks(pack, n, i, at, layer.experts, nth == 0)
+
+    def _held(self, experts: ExpertEntry, ep_rank: int) -> list[tuple[int, int]]:
+        """Position in the pack and number on the rank, of the experts that `ep_rank` holds."""
+        held = self._shard.experts_of(ep_rank)
+        return [(i, e - held.start) for i, e in enumerate(experts.ids) if e in held]
 
     def _expert_blocks(
-        self, pack: Pack, layer: int, i: int, slot: int, experts: ExpertEntry
+        self,
+        pack: Pack,
+        layer: int,
+        i: int,
+        at: tuple[int, int],
+        experts: ExpertEntry,
+        first: bool,
     ) -> Iterator[_Block]:
-        at = (slot, experts.ids[i])
+        """Of one expert; the first one's carry what all share."""
         tables = self.experts[layer]
-        tp = (self._shard.rank, self._shard.size)
-        local = self._model.moe_intermediate_size // self._shard.size
+        tp = (self._shard.expert_tp_rank, self._shard.expert_tp)
+        local = self._shard.intermediate
         gate, up, down = experts.rank[i]
         a_ranks = (gate,) if experts.fused_gate_up else (gate, up)
         a_rows = sum(map(self._stored, a_ranks))
         hidden = self._model.hidden_size
-        if a_rows and (i == 0 or not experts.shared_a13):
+        if a_rows and (first or not experts.shared_a13):
             yield _Block(
                 a_rows * hidden,
                 lambda: self._padded_parts(pack.a13(layer, i), a_ranks),
@@ -272,7 +319,7 @@ class AdapterPool:
                 tables.offset_a2,
                 at,
             )
-            if i == 0 or not experts.shared_b2:
+            if first or not experts.shared_b2:
                 yield _Block(
                     hidden * columns,
                     lambda: _padded(pack.b2(layer, i), 1, columns),
@@ -313,22 +360,22 @@ class AdapterPool:
                     tables.rank[slot, p] = self._stored(entry.rank)
                     tables.scale[slot, p] = entry.scale
             experts = layer.experts
-            if experts is None:
+            held = self._held(experts, self._shard.ep_rank) if experts is not None else []
+            if experts is None or not held:
                 continue
             tables = self.experts[layer.index]
-            ids = torch.tensor(experts.ids)
-            ranks = [[self._stored(rank) for rank in row] for row in experts.rank]
+            ids = torch.tensor([local for _, local in held])
+            ranks = [[self._stored(rank) for rank in experts.rank[i]] for i, _ in held]
+            scales = [experts.scale[i] for i, _ in held]
             tables.rank[slot, ids] = torch.tensor(ranks, dtype=torch.int32).to(self._device)
-            tables.scale[slot, ids] = torch.tensor(experts.scale, dtype=torch.float32).to(
-                self._device
-            )
+            tables.scale[slot, ids] = torch.tensor(scales, dtype=torch.float32).to(self._device)
             bits = FUSED_GATE_UP * experts.fused_gate_up
             for shared, bit, offsets in (
                 (experts.shared_a13, SHARED_A13, tables.offset_a13),
                 (experts.shared_b2, SHARED_B2, tables.offset_b2),
             ):
                 if shared:
-                    offsets[slot, ids] = offsets[slot, experts.ids[0]].clone()
+                    offsets[slot, ids] = offsets[slot, ids[0]].clone()
                     bits |= bit
             tables.layout[slot] = bits
 
@@ -342,7 +389,7 @@ class AdapterPool:
             yield "shared_expert.down_proj", self.shared_down[layer], 0
 
     def _expert_tables(self) -> ExpertLoraTables:
-        s, e = self.max_slots, self._model.num_experts
+        s, e = self.max_slots, len(self._shard.experts)
 
         def offsets() -> torch.Tensor:
             return torch.full((s, e), -1, dtype=torch.int64, device=self._device)

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .errors import ModelFilesInvalid, ModelUnsupported
 from .families import FAMILIES, unserved_options
@@ -109,8 +109,10 @@ class EngineConfig:
 
     model_path: str
     dtype: str = "float32"  # "float32" | "bfloat16" | "float16"
+    load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights, no files needed
     device: str = "cpu"  # "cpu" | "cuda"
-    tp_size: int = 1
+    tp_size: int = 1  # ranks
+    ep_size: int = 1  # groups of ranks that the experts are split over; divides tp_size
     rendezvous: str = "tcp://127.0.0.1:29500"  # used when tp_size > 1
     kv_tokens: int = 16384
     block_size: int = 16

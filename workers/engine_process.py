@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from .channels import BlockingChannel
 from .errors import WireError
+from .rank_watch import BEAT_EVERY_S
 from .report import EngineReport
 from .request import AdapterRef, GenerationRequest, TokenOutput
 from .wire import Frame, encode, encode_batch, error_output
@@ -195,6 +196,7 @@ def run_rank(program: RankProgram, rank: int, rendezvous: str, link: LinkAddress
 
     inbox = Inbox()
     threading.Thread(target=_watch, args=(channel, inbox), name="front-link", daemon=True).start()
+    threading.Thread(target=_beat, args=(channel,), name="beat", daemon=True).start()
     try:
         if rank == 0:
             engine = program.build(rendezvous)
@@ -215,6 +217,14 @@ def run_rank(program: RankProgram, rank: int, rendezvous: str, link: LinkAddress
             channel.send({"t": "failed", "error": text})
         return 1
     return 0
+
+
+def _beat(channel: BlockingChannel) -> None:
+    """Tells the front that this process runs, whatever its engine does."""
+    with contextlib.suppress(OSError):  # the front has gone: `_watch` ends the process
+        while True:
+            channel.send({"t": "beat"})
+            time.sleep(BEAT_EVERY_S)
 
 
 def _watch(channel: BlockingChannel, inbox: Inbox) -> None:

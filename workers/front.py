@@ -17,6 +17,7 @@ from typing import Any
 from .engine_process import LinkAddress
 from .errors import GroupFailed
 from .front_links import GatewayLink, RankLink
+from .rank_watch import WATCH_EVERY_S, RankWatch
 from .report import EngineReport
 from .streams import Client, Output, StreamTable
 from .wire import DEAD_AFTER_S, PING_EVERY_S, Frame, encode, error_output
@@ -40,7 +41,8 @@ class FrontConfig:
         max_open: requests that the engine may have, waiting and running; more are refused with
             "overloaded".
         max_held_tokens: tokens that may wait for slow clients, over all streams.
-        stall_s: rank 0 counts as hung after so long without a message; a step must be shorter.
+        step_timeout_s: rank 0 counts as hung when one step takes longer.
+        beat_timeout_s: a rank counts as hung when its process sends nothing for so long.
     """
 
     group: str
@@ -50,7 +52,8 @@ class FrontConfig:
     ranks: int = 1
     max_open: int = 256
     max_held_tokens: int = 65536
-    stall_s: float = 120.0
+    step_timeout_s: float = 30.0
+    beat_timeout_s: float = 3.0
 
 
 class GroupFront:
@@ -70,7 +73,7 @@ class GroupFront:
         self._told_load: Frame = {}
         self._desired: tuple[str, ...] | None = None
         self._servers: list[asyncio.Server] = []
-        self._ticker: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._link_secret = secrets.token_bytes(32)
 
     # Life
@@ -85,7 +88,7 @@ class GroupFront:
             # The ranks are on this node: their link never leaves it.
             await loop.create_server(make_rank, "127.0.0.1", 0),
         ]
-        self._ticker = loop.create_task(self._tick())
+        self._tasks = [loop.create_task(self._tick()), loop.create_task(self._watch_ranks())]
 
     @property
     def port(self) -> int:
@@ -143,19 +146,27 @@ class GroupFront:
         while self._ranks and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(_POLL_S)
         for rank in list(self._ranks.values()):
+            rank.kill()
             rank.close("the group is shutting down")
         for gateway in list(self._gateways.values()):
             gateway.finish()
-        if self._ticker is not None:
-            self._ticker.cancel()
+        for task in self._tasks:
+            task.cancel()
 
-    def fail(self, why: str, code: str = "group_failed") -> None:
-        """The group can't serve any more: ends open streams; `failure` says why from now on."""
+    def fail(self, why: str, code: str = "group_failed", ended: int | None = None) -> None:
+        """The group can't serve any more: ends open streams; `failure` says why from now on.
+
+        The ranks' processes are killed, but for `ended`, which ends by itself: the others may hang
+        in a collective, or be stopped, and a new group needs what they hold.
+        """
         if self.failure is None and not self._closing:
             self.failure = why
             log.error("group %s failed: %s", self.config.group, why)
             self._broadcast(encode({"t": "draining"}))
         self._fail_streams(code, why)
+        for rank, link in self._ranks.items():
+            if rank != ended:
+                link.kill()
 
     # Load and advice
 
@@ -245,7 +256,8 @@ class GroupFront:
 
     def rank_failed(self, rank: int, error: str) -> None:
         where = "the engine" if rank == 0 else f"rank {rank}"
-        self.fail(f"{where} failed: {error}", "engine_failed" if rank == 0 else "group_failed")
+        code = "engine_failed" if rank == 0 else "group_failed"
+        self.fail(f"{where} failed: {error}", code, ended=rank)
 
     def take_batch(self, outputs: list[Output]) -> None:
         """One engine step's outputs."""
@@ -303,7 +315,7 @@ class GroupFront:
         self._broadcast(encode({"t": "ping", "load": self._told_load}))
 
     async def _tick(self) -> None:
-        """Pings gateways, drops silent ones, and watches rank 0 for a hang."""
+        """Pings gateways and drops silent ones."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(PING_EVERY_S)
@@ -312,7 +324,13 @@ class GroupFront:
             for gateway in list(self._gateways.values()):
                 if now - gateway.heard > DEAD_AFTER_S:
                     gateway.close(f"nothing heard for {DEAD_AFTER_S:g} s")
-            leader = self._ranks.get(0)
-            silent_s = now - leader.heard if leader is not None and self.ready else 0.0
-            if silent_s > self.config.stall_s:
-                self.fail(f"rank 0 has sent nothing for {silent_s:.0f} s; it hangs")
+
+    async def _watch_ranks(self) -> None:
+        """Fails the group when a rank hangs. Loading a model and warming up may take any time."""
+        watch = RankWatch(self.config.beat_timeout_s, self.config.step_timeout_s)
+        while True:
+            await asyncio.sleep(WATCH_EVERY_S)
+            if self.ready and not self._closing:
+                wrong = watch.look(asyncio.get_running_loop().time(), self._ranks)
+                if wrong is not None:
+                    self.fail(wrong)

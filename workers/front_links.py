@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -165,7 +168,15 @@ class RankLink(_ServerLink):
     def __init__(self, front: RankEvents, secret: bytes):
         super().__init__(secret)
         self.front = front
+        self.pid = 0  # 0: it hasn't said yet
+        self.progressed = 0.0  # loop time of the last sign that its engine's loop turns
         self._rank: int | None = None
+
+    def kill(self) -> None:
+        """Ends the rank's process, whatever it does. While the link stands, the id is its own."""
+        if self.open and self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
     def message(self, frame: Frame) -> None:
         kind = frame["t"]
@@ -173,12 +184,20 @@ class RankLink(_ServerLink):
             if kind != "rank":
                 raise WireError(f"the first frame of a rank must be 'rank', got {kind!r}")
             self._rank = field(frame, "rank", int)
+            self.pid = field(frame, "pid", int)
+            if self.pid <= 1:
+                raise WireError(f"a rank's process id must be above 1, got {self.pid}")
             self.front.rank_joined(self._rank, self)
+        elif kind == "beat":
+            return
         elif kind == "batch":
+            self.progressed = self.heard
             self.front.take_batch(field(frame, "out", list))
         elif kind == "report":
+            self.progressed = self.heard
             self.front.take_report(EngineReport.from_wire(field(frame, "report", dict)))
         elif kind == "up":
+            self.progressed = self.heard
             self.front.rank_up(self._rank)
         elif kind == "failed":
             self.front.rank_failed(self._rank, field(frame, "error", str))

@@ -170,7 +170,11 @@ class SharedExpert:
 
 @dataclass(frozen=True)
 class MoeBlock:
-    """Routed experts, and the shared one of families that have it."""
+    """Routed experts, and the shared one of families that have it.
+
+    Activations are the same on all ranks. Each adds what its part of its experts gives; one
+    all-reduce sums it up.
+    """
 
     comm: Comm
     runner: MoeRunner
@@ -179,9 +183,13 @@ class MoeBlock:
     top_k: int
     norm_topk_prob: bool
     shared: SharedExpert | None = None
+    # int32 [E], each expert's number on this rank, -1 where it isn't; None: all are, as numbered.
+    local_ids: torch.Tensor | None = None
 
     def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
         weights, ids = route(F.linear(h, self.router), self.top_k, self.norm_topk_prob)
+        if self.local_ids is not None:
+            ids = self.local_ids.index_select(0, ids.reshape(-1)).view(ids.shape)
         y = self.runner(h, self.experts, weights, ids, step.pool.experts[n], step.lora)
         if self.shared is not None:
             y = y + self.shared(n, h, step)

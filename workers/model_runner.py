@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from ..adapter_store import Pack
@@ -10,6 +12,7 @@ from .adapter_pool import AdapterPool
 from .attention import PagedKVCache, plan_attention
 from .comm import Comm
 from .config import EngineConfig
+from .dummy_weights import DummyCheckpoint
 from .host_copies import to_device
 from .models import load_model
 from .shard import Shard
@@ -34,7 +37,7 @@ class ModelRunner:
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.dtype = getattr(torch, config.dtype)
         self._config, self._comm = config, comm
-        shard = Shard(model, comm.rank, comm.size)
+        shard = Shard(model, comm.rank, comm.size, config.ep_size)
         self.kv_blocks = config.kv_tokens // config.block_size
         self.cache = PagedKVCache(
             model.num_layers,
@@ -57,16 +60,24 @@ class ModelRunner:
         )
         # The ids that the last step sampled, for tokens that the host hasn't read.
         self._sampled = torch.zeros(config.max_running, dtype=torch.int32, device=self.device)
-        with Checkpoint(config.model_path, self.dtype, config.device) as checkpoint:
+        with contextlib.ExitStack() as files:
+            if config.load_format == "dummy":
+                source = DummyCheckpoint(self.dtype, config.device)
+            else:
+                source = files.enter_context(
+                    Checkpoint(config.model_path, self.dtype, config.device)
+                )
             self.model = load_model(
                 model,
                 shard,
-                checkpoint,
+                source,
                 comm,
                 MoeRunner(backend_for(self.device)),
                 config.context_length,
                 self.device,
             )
+        # Until every rank has loaded: the first step would wait for the slowest, and count as hung.
+        comm.all_reduce(torch.zeros(1, device=self.device))
         if on_gpu:
             self.warm_up()
 

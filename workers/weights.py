@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import ModelFilesInvalid
+
+
+class TensorSource(Protocol):
+    """Where the loader takes a rank's weights from."""
+
+    def __contains__(self, name: str, /) -> bool: ...
+
+    def get(
+        self,
+        name: str,
+        shape: Sequence[int],
+        rows: slice | None = None,
+        cols: slice | None = None,
+        depth: slice | None = None,
+    ) -> torch.Tensor:
+        """The tensor `name`, cut to `rows`, `cols` and `depth` of its first three dimensions.
+
+        Args:
+            shape: of the whole tensor, as config.json has it.
+
+        Returns:
+            A contiguous tensor on the rank's device, in the model's dtype.
+
+        Raises:
+            ModelFilesInvalid: there is no such tensor, or it has another shape.
+        """
+        ...
 
 
 class Checkpoint:
@@ -55,19 +83,31 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
-    def get(self, name: str, rows: slice | None = None, cols: slice | None = None) -> torch.Tensor:
-        """The tensor `name`, cut to `rows` of dim 0 and `cols` of dim 1, in the model's dtype.
-
-        Raises:
-            ModelFilesInvalid: no shard holds that name.
-        """
+    def get(
+        self,
+        name: str,
+        shape: Sequence[int],
+        rows: slice | None = None,
+        cols: slice | None = None,
+        depth: slice | None = None,
+    ) -> torch.Tensor:
+        """See TensorSource."""
         if name not in self._file_of:
             raise ModelFilesInvalid(f"{self._folder}: no shard holds the tensor {name!r}")
         view = self._file_of[name].get_slice(name)
-        if rows is None and cols is None:
-            out = view[:]
-        elif cols is None:
-            out = view[rows]
-        else:
-            out = view[rows or slice(None), cols]
-        return out.to(device=self._device, dtype=self._dtype)
+        if view.get_shape() != list(shape):
+            raise ModelFilesInvalid(
+                f"{self._folder}: the tensor {name!r} has shape {view.get_shape()}, config.json "
+                f"says {list(shape)}"
+            )
+        out = view[whole_slices(shape, rows, cols, depth)]
+        return out.to(device=self._device, dtype=self._dtype).contiguous()
+
+
+def whole_slices(shape: Sequence[int], *cuts: slice | None) -> tuple[slice, ...]:
+    """One slice with start and end for each dimension of `shape`; all of it where none is given."""
+    given = (*cuts, *(None,) * len(shape))
+    return tuple(
+        slice(0, n) if cut is None else slice(*cut.indices(n)[:2])
+        for n, cut in zip(shape, given, strict=False)
+    )

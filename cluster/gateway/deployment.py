@@ -65,7 +65,11 @@ class Gateway:
             catalogue=Catalogue(store),
             uploads=make_uploads(settings, store),
             tokenizer=TextTokenizer.from_folder(settings.model_path),
-            base_model=BaseModel.from_folder(settings.model_path, settings.served_model_name),
+            base_model=BaseModel.from_folder(
+                settings.model_path,
+                settings.served_model_name,
+                dummy_weights=settings.load_format == "dummy",
+            ),
             dispatcher=self._dispatcher,
             ingest=IngestClient(),
             limits=leases,

@@ -1,4 +1,4 @@
-"""A rank killed in mid-stream: open streams go on elsewhere, and the group comes back."""
+"""A rank killed or stopped in mid-stream: streams go on elsewhere, and the group comes back."""
 
 from __future__ import annotations
 
@@ -51,7 +51,21 @@ def stream(tenant: Tenant, model: str, prompt: str) -> tuple[str, int]:
     return text, tokens
 
 
-def test_streams_survive_dead_ranks_unchanged(demo_run):
+SEEN_S = 5.0  # a stopped rank is to be found and ended by then
+
+
+def kill(victim: psutil.Process) -> None:
+    victim.kill()
+
+
+def stop(victim: psutil.Process) -> None:
+    """Stops it as a hang would, and waits until its group has ended it."""
+    victim.suspend()
+    victim.wait(SEEN_S)
+
+
+@pytest.mark.parametrize("harm", [kill, stop])
+def test_streams_survive_lost_ranks_unchanged(demo_run, harm):
     run, service = demo_run
     jobs = [
         (tenant, adapter, f"{i} The day was")
@@ -64,8 +78,7 @@ def test_streams_survive_dead_ranks_unchanged(demo_run):
         with ThreadPoolExecutor(STREAMS) as pool:
             answers = [pool.submit(stream, *job) for job in jobs]
             time.sleep(0.8)
-            victim = ranks(run)[death % alive]
-            victim.kill()
+            harm(ranks(run)[death % alive])
             assert [a.result(120) for a in answers] == expected
         run.wait_until(
             lambda alive=alive: len(ranks(run)) == alive and service.admin.get("/ready").is_success,

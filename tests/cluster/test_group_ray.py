@@ -176,16 +176,28 @@ async def test_a_deployment_serves_obeys_restarts_and_leaves_nothing(local_ray):
     live = await until(lambda: [r for r in ray.get(controller.live.remote()) if not r["draining"]])
     assert [r["group"] for r in live] != [first["group"]]
 
+    # A rank stops without dying: its group ends it, and another group carries the stream on.
+    [first] = live
+    stream = asyncio.create_task(collect(request("r2", 1500)))
+    await until(lambda: any(c.streams for c in gateway._connections.values()))
+    stopped = rank_pids()[-1]
+    os.kill(stopped, signal.SIGSTOP)
+    await until(lambda: not alive(stopped), 5)
+    assert not stream.done()
+    assert await stream == fake.expected_tokens((1, 2), 1500)
+    live = ray.get(controller.live.remote())
+    assert first["group"] not in [r["group"] for r in live if not r["draining"]]
+
     # The replica's process is killed: its ranks end too, and another group comes.
     pids = rank_pids()
     # The first group's replica may still be on its way out.
     [replica] = await until(lambda: len(found := replica_pids()) == 1 and found)
     os.kill(replica, signal.SIGKILL)
     await until(lambda: not any(map(alive, pids)))
-    assert await collect(request("r2", 50)) == fake.expected_tokens((1, 2), 50)
+    assert await collect(request("r3", 50)) == fake.expected_tokens((1, 2), 50)
 
     # Stopping lets the open request end, and no rank outlives its group.
-    stream = asyncio.create_task(collect(request("r3", 200)))
+    stream = asyncio.create_task(collect(request("r4", 200)))
     await until(lambda: any(c.streams for c in gateway._connections.values()))
     pids = rank_pids() + first_pids
     await asyncio.to_thread(serve.delete, "groups")

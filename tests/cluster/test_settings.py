@@ -70,3 +70,11 @@ def test_a_secret_file_that_is_too_short_or_unreadable_is_named(tmp_path):
         Settings.load(cluster_secret_file=file).with_cluster_secret()
     with pytest.raises(ClusterSecretError, match="cannot use"):
         Settings.load(cluster_secret_file=tmp_path).with_cluster_secret()
+
+
+def test_an_ep_that_doesnt_divide_tp_is_refused_with_both():
+    assert Settings.load(tp=4, ep=2).ep == 2
+    with pytest.raises(SettingsError, match=r"^ep = 3: must divide tp = 4"):
+        Settings.load(tp=4, ep=3)
+    with pytest.raises(SettingsError, match=r"^ep = 2: must divide tp = 1"):
+        Settings.load(ep=2)

@@ -29,7 +29,7 @@ from loraplex.workers import (
 
 VOCABULARY = 4096
 # Prompts that start with one of these make the engine misbehave.
-RAISE, DIE, HANG = 9001, 9002, 9003
+RAISE, DIE, HANG, SPIN, STOP = 9001, 9002, 9003, 9004, 9005
 
 
 def state_of(seed: int, tokens: tuple[int, ...] | list[int], state: int = 0) -> int:
@@ -77,6 +77,10 @@ class FakeEngine:
                 os.kill(os.getpid(), signal.SIGKILL)
             if request.prompt_ids[0] == HANG:
                 time.sleep(3600)
+            if request.prompt_ids[0] == STOP:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            while request.prompt_ids[0] == SPIN:
+                pass
             token, count = state % VOCABULARY, count + 1
             out = TokenOutput(request_id, [token])
             if count == len(request.output_ids) + 1:

@@ -58,7 +58,7 @@ def check_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def check_slot(pool: AdapterPool, slot: int, pack: Pack, shard: Shard) -> None:
-    model, tp = shard.model, (shard.rank, shard.size)
+    model, tp = shard.model, (shard.expert_tp_rank, shard.expert_tp)
     for layer in pack.layers:
         homes = pool._dense_homes(layer.index)
         for name, tables, p in homes:
@@ -74,9 +74,9 @@ def check_slot(pool: AdapterPool, slot: int, pack: Pack, shard: Shard) -> None:
             check_equal(factors.b, b if name == "o_proj" else b[lo:hi])
             assert factors.scale == pytest.approx(layer.dense[name].scale, rel=1e-6)
         ids = layer.experts.ids if layer.experts else ()
-        for expert in range(model.num_experts):
+        for local, expert in enumerate(shard.experts):
             found = gather_factors(
-                pool.experts[layer.index], slot, expert, model.hidden_size, shard.intermediate
+                pool.experts[layer.index], slot, local, model.hidden_size, shard.intermediate
             )
             if expert not in ids:
                 assert found == (None, None, None)
@@ -267,8 +267,9 @@ def test_padding_takes_the_bytes_of_the_padded_factors(demo, tmp_path):
     rows = {0: (8, 8, 8), 2: (8, 16, 8), 3: (0, 8, 0), 4: (24, 0, 16)}
     elements = sum((g + u) * (h + inter) + d * (inter + h) for g, u, d in rows.values())
     elements += 8 * (h + q) + 16 * (h + 16) + 16 * (q + h)  # q_proj, v_proj, o_proj
-    sizes = [-(-(b.shift + b.elements) // 8) * 8 for b in pool._blocks(pack, 0) if b.shift == 0]
-    assert sum(b.elements for b in pool._blocks(pack, 0)) == elements
+    blocks = list(pool._blocks(pack, 0, 0))
+    sizes = [-(-(b.shift + b.elements) // 8) * 8 for b in blocks if b.shift == 0]
+    assert sum(b.elements for b in blocks) == elements
     assert pool.required_bytes(pack) >= sum(sizes) * 4
 
 

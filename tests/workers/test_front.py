@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -292,14 +293,57 @@ async def test_a_killed_rank_fails_the_group():
         assert "rank 1 is gone" in client.final["r"]["error"]
 
 
-async def test_a_hanging_engine_fails_the_group(monkeypatch):
-    monkeypatch.setattr("loraplex.workers.front.PING_EVERY_S", 0.1)
-    async with group(stall_s=1.5) as (front, _):
+@pytest.mark.parametrize("prompt", [fake.HANG, fake.SPIN])
+async def test_a_step_that_doesnt_end_fails_the_group_and_ends_its_processes(prompt):
+    async with group(step_s=0.005, ranks=2, step_timeout_s=1.5) as (front, ranks):
         client = await Client.connect(front.port)
-        client.submit("r", (fake.HANG,))
+        client.submit("other", max_tokens=100_000)
+        await until(lambda: front.report.running == 1)
+        client.submit("r", (prompt,))
+        await client.finish("r", "other")
+        for output in client.final.values():
+            assert output["error_code"] == "group_failed"
+            assert "rank 0 has been in one step for" in output["error"]
+            assert "raise step_timeout_s (1.5 s)" in output["error"]
+        assert [rank.wait(5) for rank in ranks] == [-signal.SIGKILL] * 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_a_stopped_rank_fails_the_group_and_ends_its_processes(rank):
+    async with group(step_s=0.005, ranks=2, beat_timeout_s=1.5) as (front, ranks):
+        client = await Client.connect(front.port)
+        client.submit("r", max_tokens=100_000)
+        await until(lambda: front.report.running == 1)
+        if rank == 0:
+            client.submit("stop", (fake.STOP,))
+        else:
+            ranks[1].send_signal(signal.SIGSTOP)
         await client.finish("r")
         assert client.final["r"]["error_code"] == "group_failed"
-        assert "hangs" in client.final["r"]["error"]
+        assert f"the process of rank {rank} has sent nothing for" in client.final["r"]["error"]
+        assert [process.wait(5) for process in ranks] == [-signal.SIGKILL] * 2
+
+
+async def test_slow_steps_idle_time_and_a_front_that_was_held_up_are_no_hang():
+    async with group(step_s=0.8, ranks=2, beat_timeout_s=1.2, step_timeout_s=1.5) as (front, _):
+        client = await Client.connect(front.port)
+        await asyncio.sleep(2)
+        client.submit("r", max_tokens=4)
+        await client.finish("r")
+        time.sleep(2)
+        await asyncio.sleep(1)
+        assert front.failure is None
+        client.submit("again", max_tokens=1)
+        await client.finish("again")
+        assert client.tokens["again"] == fake.expected_tokens((1, 2), 1)
+
+
+async def test_a_stopped_rank_ends_when_the_front_closes(monkeypatch):
+    monkeypatch.setattr("loraplex.workers.front._STOP_S", 0.3)
+    async with group() as (front, [rank]):
+        rank.send_signal(signal.SIGSTOP)
+        await front.close()
+        assert rank.wait(5) == -signal.SIGKILL
 
 
 async def test_a_rank_that_fails_to_start_says_why():

@@ -9,16 +9,18 @@ from .loading import Loader
 
 def load_layer(loader: Loader, n: int) -> DecoderLayer:
     ck, p = loader.checkpoint, f"model.layers.{n}."
-    q_rows, k_rows = (slice(*loader.shard.rows(name)) for name in ("q_proj", "k_proj"))
+    hidden = (loader.config.hidden_size,)
+    m, shard = loader.config, loader.shard
+    q_rows, k_rows = (slice(*shard.rows(name)) for name in ("q_proj", "k_proj"))
     norm = WholeNorm(
         loader.comm,
-        ck.get(p + "self_attn.q_norm.weight", rows=q_rows),
-        ck.get(p + "self_attn.k_norm.weight", rows=k_rows),
-        loader.config.rms_norm_eps,
+        ck.get(p + "self_attn.q_norm.weight", (m.num_heads * m.head_dim,), q_rows),
+        ck.get(p + "self_attn.k_norm.weight", (m.num_kv_heads * m.head_dim,), k_rows),
+        m.rms_norm_eps,
     )
     return DecoderLayer(
-        input_norm=ck.get(p + "input_layernorm.weight"),
+        input_norm=ck.get(p + "input_layernorm.weight", hidden),
         attention=loader.attention(p + "self_attn.", norm),
-        post_norm=ck.get(p + "post_attention_layernorm.weight"),
+        post_norm=ck.get(p + "post_attention_layernorm.weight", hidden),
         moe=loader.moe(p + "mlp."),
     )

@@ -8,9 +8,10 @@ from .loading import Loader
 
 def load_layer(loader: Loader, n: int) -> DecoderLayer:
     ck, p = loader.checkpoint, f"model.layers.{n}."
+    hidden = (loader.config.hidden_size,)
     return DecoderLayer(
-        input_norm=ck.get(p + "input_layernorm.weight"),
+        input_norm=ck.get(p + "input_layernorm.weight", hidden),
         attention=loader.attention(p + "self_attn.", norm=None),
-        post_norm=ck.get(p + "post_attention_layernorm.weight"),
+        post_norm=ck.get(p + "post_attention_layernorm.weight", hidden),
         moe=loader.moe(p + "mlp.", shared=loader.shared_expert(p + "mlp.")),
     )

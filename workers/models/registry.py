@@ -11,7 +11,7 @@ from ..comm import Comm
 from ..config import ModelConfig
 from ..layers import RotaryEmbedding
 from ..shard import Shard
-from ..weights import Checkpoint
+from ..weights import TensorSource
 from . import mixtral, olmoe, qwen2_moe, qwen3_moe
 from .decoder import Decoder, DecoderLayer
 from .loading import Loader
@@ -28,7 +28,7 @@ LAYERS: Mapping[str, Callable[[Loader, int], DecoderLayer]] = {
 def load_model(
     config: ModelConfig,
     shard: Shard,
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     comm: Comm,
     runner: MoeRunner,
     max_positions: int,
@@ -37,19 +37,20 @@ def load_model(
     """This rank's part of the model that `config` describes.
 
     Raises:
-        ModelFilesInvalid: the checkpoint lacks a tensor.
+        ModelFilesInvalid: the checkpoint lacks a tensor, or one doesn't fit config.json.
     """
-    embed = checkpoint.get("model.embed_tokens.weight")
+    table = (config.vocab_size, config.hidden_size)
+    embed = checkpoint.get("model.embed_tokens.weight", table)
     # Only rank 0 samples, so only it needs the head.
     head = embed
     if not config.tie_word_embeddings and shard.rank == 0:
-        head = checkpoint.get("lm_head.weight")
+        head = checkpoint.get("lm_head.weight", table)
     loader = Loader(config, shard, checkpoint, comm, runner)
     load_layer = LAYERS[config.model_type]
     return Decoder(
         embed=embed,
         layers=[load_layer(loader, n) for n in range(config.num_layers)],
-        norm=checkpoint.get("model.norm.weight"),
+        norm=checkpoint.get("model.norm.weight", (config.hidden_size,)),
         head=head,
         rope=RotaryEmbedding(config.head_dim, config.rope_theta, max_positions, device),
         eps=config.rms_norm_eps,

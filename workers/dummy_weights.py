@@ -1,0 +1,46 @@
+"""Random weights in place of a checkpoint: what a model costs, from its config.json alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from .weights import whole_slices
+
+_STD = 0.02  # about the `initializer_range` of published configs
+
+
+class DummyCheckpoint:
+    """Every tensor that is asked for: normal with standard deviation 0.02, ones for norms.
+
+    Values follow from the tensor's name and the slices alone, so ranks agree on what they hold in
+    common. They are made on the device, slice by slice: no more memory than the model itself.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: str):
+        self._dtype, self._device = dtype, device
+
+    def __contains__(self, name: str) -> bool:
+        """True: of several layouts, the loader takes the one that it asks for first."""
+        return True
+
+    def get(
+        self,
+        name: str,
+        shape: Sequence[int],
+        rows: slice | None = None,
+        cols: slice | None = None,
+        depth: slice | None = None,
+    ) -> torch.Tensor:
+        """See `weights.TensorSource`."""
+        slices = whole_slices(shape, rows, cols, depth)
+        sizes = [s.stop - s.start for s in slices]
+        out = torch.empty(sizes, dtype=self._dtype, device=self._device)
+        if name.endswith("norm.weight"):
+            return out.fill_(1)
+        key = f"{name}{[(s.start, s.stop) for s in slices]}"
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big", signed=True)
+        generator = torch.Generator(self._device).manual_seed(seed)
+        return out.normal_(0, _STD, generator=generator)
