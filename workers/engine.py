@@ -148,6 +148,7 @@ class Engine:
         r.gpu, r.disk, r.loading = res.resident(), self._packs.resident(), res.loading
         r.loads, r.load_seconds, r.load_bytes = dict(res.loads), res.load_seconds, res.load_bytes
         r.load_failures, r.evictions = res.load_failures, res.evictions
+        r.compiles_after_ready = len(self._runner.compiles.kernels)
         return EngineReport.from_wire(r.to_wire())
 
     def close(self) -> None:

@@ -63,7 +63,11 @@ def route(logits: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch.Te
 
 @dataclass(frozen=True)
 class StepContext:
-    """What every layer reads of one step. `lora` is None when no token has an adapter."""
+    """What every layer reads of one step.
+
+    `lora` is None when no token has an adapter. `padding`, bool [T, 1], names rows that stand for
+    no token: experts leave them out. None: there are none.
+    """
 
     cos: torch.Tensor  # [T, 1, D]
     sin: torch.Tensor  # [T, 1, D]
@@ -71,6 +75,7 @@ class StepContext:
     cache: PagedKVCache
     pool: AdapterPool
     lora: LoraBatch | None
+    padding: torch.Tensor | None = None
 
 
 class QkNorm(Protocol):
@@ -190,6 +195,8 @@ class MoeBlock:
         weights, ids = route(F.linear(h, self.router), self.top_k, self.norm_topk_prob)
         if self.local_ids is not None:
             ids = self.local_ids.index_select(0, ids.reshape(-1)).view(ids.shape)
+        if step.padding is not None:
+            ids = ids.masked_fill(step.padding, -1)
         y = self.runner(h, self.experts, weights, ids, step.pool.experts[n], step.lora)
         if self.shared is not None:
             y = y + self.shared(n, h, step)

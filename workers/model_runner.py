@@ -11,7 +11,9 @@ from ..kernels import MAX_RANK, TUNED_ADAPTERS, LoraBatch, MoeRunner, backend_fo
 from .adapter_pool import AdapterPool
 from .attention import PagedKVCache, plan_attention
 from .comm import Comm
+from .compile_watch import CompileWatch
 from .config import EngineConfig
+from .decode_graphs import DecodeGraphs, DecodeRows
 from .dummy_weights import DummyCheckpoint
 from .host_copies import to_device
 from .models import load_model
@@ -78,8 +80,14 @@ class ModelRunner:
             )
         # Until every rank has loaded: the first step would wait for the slowest, and count as hung.
         comm.all_reduce(torch.zeros(1, device=self.device))
+        self.graphs: DecodeGraphs | None = None  # None: decode steps run as others do
+        self.compiles = CompileWatch()
         if on_gpu:
             self.warm_up()
+            if config.cuda_graphs:
+                self.graphs = self.decode_graphs()
+                self.graphs.capture()
+            self.compiles.start()
 
     def warm_up(self) -> None:
         """Runs steps of all kinds and sizes, so that no request waits while a kernel is compiled.
@@ -95,14 +103,28 @@ class ModelRunner:
             self.run(Step(self._sequences_of(tokens, -1)))
             for adapters in TUNED_ADAPTERS:  # slot 0 is empty: kernels run and find nothing to add
                 self.run(Step(self._sequences_of(tokens, 0)), adapters)
+        last = self._longest - 1  # the keys of one long sequence are shared among programs
+        blocks = list(range(last // self._config.block_size + 1))
+        self.run(Step([SequenceStep([0], last, blocks, -1, 0)]))
         self.cache.clear()
+
+    def decode_graphs(self) -> DecodeGraphs:
+        """Fixed buffers for decode steps, nothing captured yet."""
+        config = self._config
+        return DecodeGraphs(
+            self._decode, config.max_running, self._longest, config.block_size, self.device
+        )
+
+    @property
+    def _longest(self) -> int:
+        """Most tokens of a sequence."""
+        return min(self._config.context_length, self.kv_blocks * self._config.block_size)
 
     def _sequences_of(self, tokens: int, slot: int) -> list[SequenceStep]:
         size = self._config.block_size
-        longest = min(self._config.context_length, self.kv_blocks * size)
         sequences = []
         while tokens > 0:
-            n = min(tokens, longest)
+            n = min(tokens, self._longest)
             sequences.append(SequenceStep([0] * n, 0, list(range(-(-n // size))), slot, n - 1))
             tokens -= n
         return sequences
@@ -130,16 +152,27 @@ class ModelRunner:
             WorkerError: the sequences aren't ordered by slot.
         """
         inputs = StepInputs.of(step)
-        there = to_device(inputs.arrays(), self.device)
+        if self.graphs is not None and inputs.decode and num_adapters is None:
+            hidden = self.graphs.run(step.sequences, inputs)[: len(step.sequences)]
+        else:
+            hidden = self._forward(step, inputs, num_adapters or inputs.num_adapters)
+        if self._comm.rank != 0:
+            return hidden[:0]
+        if inputs.logit_rows.size < hidden.shape[0]:
+            rows = to_device({"rows": inputs.logit_rows}, self.device)["rows"]
+            hidden = hidden.index_select(0, rows)
+        return self.model.logits(hidden)
+
+    def _forward(self, step: Step, inputs: StepInputs, num_adapters: int) -> torch.Tensor:
+        """Hidden states [T, H] of any step."""
+        there = to_device(inputs.by_token(), self.device)
         token_ids, token_slot = there["token_ids"], there["token_slot"]
         if (inputs.carried >= 0).any():
             token_ids = self._with_carried(token_ids, there["carried"])
         lora = None
         if inputs.num_adapters:
-            lora = LoraBatch.from_token_slot(
-                token_slot, ordered=True, num_adapters=num_adapters or inputs.num_adapters
-            )
-        hidden = self.model.forward(
+            lora = LoraBatch.from_token_slot(token_slot, ordered=True, num_adapters=num_adapters)
+        return self.model.forward(
             token_ids,
             there["positions"],
             plan_attention(step.sequences, self._config.block_size, self.device),
@@ -147,7 +180,23 @@ class ModelRunner:
             self.pool,
             lora,
         )
-        return self._logits(hidden, there["logit_rows"])
+
+    def _decode(self, rows: DecodeRows, num_adapters: int) -> torch.Tensor:
+        """Hidden states [B, H] of a bucket's rows: what graphs are captured of."""
+        lora = None
+        if num_adapters:
+            lora = LoraBatch.from_token_slot(
+                rows.token_slot, ordered=True, num_adapters=num_adapters
+            )
+        return self.model.forward(
+            self._with_carried(rows.token_ids, rows.carried),
+            rows.positions,
+            rows.attention,
+            self.cache,
+            self.pool,
+            lora,
+            rows.padding(),
+        )
 
     def keep_sampled(self, ids: torch.Tensor, shared: int) -> None:
         """Keeps rank 0's sampled ids [N] for the next step's carried tokens, and sends them to the
@@ -170,13 +219,6 @@ class ModelRunner:
         """`token_ids` [T], with the last sampled ids in place of those that weren't read yet."""
         sampled = self._sampled.index_select(0, carried.clamp(min=0))
         return torch.where(carried >= 0, sampled, token_ids)
-
-    def _logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        if self._comm.rank != 0:
-            return hidden[:0]
-        if rows.shape[0] < hidden.shape[0]:
-            hidden = hidden.index_select(0, rows)
-        return self.model.logits(hidden)
 
 
 def run_follower(config: EngineConfig, rank: int) -> None:

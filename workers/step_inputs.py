@@ -9,6 +9,8 @@ import numpy as np
 from .errors import WorkerError
 from .step import Step
 
+TOKEN_FIELDS = ("token_ids", "positions", "token_slot", "carried")
+
 
 @dataclass(frozen=True)
 class StepInputs:
@@ -22,8 +24,9 @@ class StepInputs:
     num_adapters: int  # how many the step has
     decode: bool  # every sequence has one new token
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        return {n: v for n, v in vars(self).items() if isinstance(v, np.ndarray)}
+    def by_token(self) -> dict[str, np.ndarray]:
+        """The arrays of T entries."""
+        return {name: getattr(self, name) for name in TOKEN_FIELDS}
 
     @classmethod
     def of(cls, step: Step) -> StepInputs:

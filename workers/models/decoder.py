@@ -41,18 +41,20 @@ class Decoder:
         cache: PagedKVCache,
         pool: AdapterPool,
         lora: LoraBatch | None,
+        padding: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states after the last norm.
 
         Args:
-            token_ids, positions: int64 [T].
+            token_ids, positions: int32 or int64 [T].
             lora: the adapter slot of every token; None when no token has an adapter.
+            padding: bool [T, 1], rows that stand for no token; None: there are none.
 
         Returns:
             [T, H]
         """
         x = F.embedding(token_ids, self.embed)
-        step = StepContext(*self.rope.at(positions), attention, cache, pool, lora)
+        step = StepContext(*self.rope.at(positions), attention, cache, pool, lora, padding)
         for n, layer in enumerate(self.layers):
             x = x + layer.attention(n, rms_norm(x, layer.input_norm, self.eps), step)
             x = x + layer.moe(n, rms_norm(x, layer.post_norm, self.eps), step)
