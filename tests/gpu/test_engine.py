@@ -1,4 +1,4 @@
-"""The engine on a GPU: graphs and overlap change no answer, nothing waits, nothing compiles late."""
+"""The engine on a GPU: graphs and overlap change no answer, wait for nothing, compile nothing."""
 
 from __future__ import annotations
 
