@@ -48,8 +48,11 @@ def _walk(
     KEYS_ARE_VALUES: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Keys begin..end of a sequence join the softmax of the rows. Not MASKED, every row sees every
-    one of them and they are a multiple of BN."""
+    """Keys begin..end of a sequence join the softmax of the rows.
+
+    They are a multiple of BN, or none of the rows sees a key from `end` on. Not MASKED, they are a
+    multiple of BN and every row sees all of them.
+    """
     for first in range(begin, end, BN):
         key = first + tl.arange(0, BN)
         here = key < end
@@ -66,7 +69,7 @@ def _walk(
             logits = tl.dot(q2, k2.T, logits, input_precision="ieee")
         logits *= scale
         if MASKED:
-            seen = here[None, :] & (key[None, :] <= position[:, None])
+            seen = key[None, :] <= position[:, None]
             if WINDOW:
                 seen = seen & (key[None, :] > position[:, None] - window)
             logits = tl.where(seen, logits, float("-inf"))
@@ -93,7 +96,7 @@ def attention_kernel(
     v_block_stride, v_token_stride, v_head_stride,
     G: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, KEYS_ARE_VALUES: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    DECODE: tl.constexpr, SPLIT: tl.constexpr, MIN_SHARE: tl.constexpr,
+    DECODE: tl.constexpr, TWO_LOOPS: tl.constexpr, SPLIT: tl.constexpr, MIN_SHARE: tl.constexpr,
     TILE_TOKENS: tl.constexpr, ROW_TILES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -101,6 +104,7 @@ def attention_kernel(
 
     DECODE: items [N] are sequences of one new token; else items [N, 2] are (sequence, first of
     TILE_TOKENS new tokens).
+    TWO_LOOPS: keys that all rows see are taken without masks; not with WINDOW or SPLIT.
     SPLIT: a program takes its share of the keys and leaves a part: part_acc float32
     [N, H, splits, DV], part_stats float32 [N, H, splits, 2] of peak and total.
     """
@@ -159,7 +163,7 @@ def attention_kernel(
     table = blocks + tl.load(block_start + sequence)
     k_cache += kv_head * k_head_stride
     v_cache += kv_head * v_head_stride
-    if not (DECODE or WINDOW):
+    if TWO_LOOPS:
         seen_by_all = begin + (first_position + 1 - begin) // BN * BN
         acc, total, peak = _walk(
             acc, total, peak, q1, q2, position, begin, seen_by_all, table, k_cache, v_cache,

@@ -59,26 +59,28 @@ class HeadShape:
 
 
 def decode_tile(shape: HeadShape, itemsize: int) -> AttentionTile:
-    """Tile for sequences of one new token, whose rows are the heads of a group."""
+    """Tile for sequences of one new token, whose rows are the heads of a group.
+
+    The stages leave two tiles of keys and values on their way where shared memory allows: block
+    numbers take the first stage, so three stages mean one tile.
+    """
     rows = min(max(16, next_power_of_2(shape.group)), 64)
     if itemsize > 2:
-        return AttentionTile(min(rows, 16), 16 if shape.d > 256 else 32, 4, 2)
+        return AttentionTile(min(rows, 16), 16 if shape.d > 256 else 32, 4, 3)
     if shape.d > 256:
-        return AttentionTile(rows, 32, 8 if rows > 16 else 4, 3)
-    if shape.d > 128:
-        return AttentionTile(rows, 64, 4, 2)
-    return AttentionTile(rows, 64, 4, 3)
+        return AttentionTile(rows, 32 if rows > 16 else 64, 8, 3)
+    return AttentionTile(rows, 64, 4, 3 if shape.d > 128 else 5)
 
 
 def prefill_tile(shape: HeadShape, itemsize: int) -> AttentionTile:
     """Tile for chunks of a prompt."""
     if itemsize > 2:
-        return AttentionTile(16 if shape.d > 256 else 32, 16 if shape.d > 128 else 32, 4, 2)
+        return AttentionTile(16 if shape.d > 256 else 32, 16 if shape.d > 128 else 32, 4, 3)
     if shape.d > 256:
         return AttentionTile(64, 32, 8, 3)
-    if shape.d > 128:
-        return AttentionTile(128, 64, 8, 2)
-    return AttentionTile(128, 64, 8, 3)
+    if max(shape.d, shape.dvp) > 192:
+        return AttentionTile(128, 32, 8, 3)
+    return AttentionTile(128, 64, 8, 3 if shape.d > 128 else 5)
 
 
 def decode_splits(programs: int, max_context: int, multiprocessors: int) -> int:
@@ -128,7 +130,10 @@ def paged_attention(
             q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
             G=shape.group, D1=shape.d1, D2=shape.d2, D=d, DV=dv, DVP=shape.dvp,
             KEYS_ARE_VALUES=shape.keys_are_values, WINDOW=window is not None,
-            SINKS=sinks is not None, DECODE=decode, SPLIT=splits > 1, MIN_SHARE=MIN_SHARE,
+            SINKS=sinks is not None, DECODE=decode,
+            # Two loops over the longest rows would need more registers than there are.
+            TWO_LOOPS=not decode and window is None and d <= 256,
+            SPLIT=splits > 1, MIN_SHARE=MIN_SHARE,
             TILE_TOKENS=1 if decode else TILE_TOKENS, ROW_TILES=row_tiles,
             BLOCK_SIZE=k_cache.shape[1], BM=tile.rows, BN=tile.keys, PDL=USE_PDL,
             num_warps=tile.warps, num_stages=tile.stages, launch_pdl=USE_PDL,
