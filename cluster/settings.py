@@ -118,6 +118,7 @@ class Settings(BaseSettings):
     max_logprobs: int = Field(20, ge=0)
     max_stop_strings: int = Field(16, ge=1)
     max_stop_chars: int = Field(1024, ge=1, description="length of one stop string")
+    max_grammar_bytes: int = Field(32768, ge=1, description="a JSON schema or grammar")
     stream_keepalive_s: float = Field(15.0, gt=0, description="comment on a silent stream")
 
     @field_validator("store_url")

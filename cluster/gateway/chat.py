@@ -10,10 +10,10 @@ from starlette.responses import Response
 
 from ...adapter_store import show
 from ..errors import ApiError
-from .completion import encode, join, prepare
+from .completion import encode, find_prompt_logprobs, join, prepare
 from .deps import GatewayDeps
 from .generation import ChoiceEvent, Job
-from .logprobs import chat_logprobs
+from .logprobs import chat_logprobs, prompt_logprobs
 from .resolve import ModelResolver
 from .respond import respond
 from .sampling import Plan, plan_chat
@@ -33,7 +33,7 @@ class ChatShape:
 
     def __init__(self, tokenizer: TextTokenizer, plan: Plan) -> None:
         self._tokenizer = tokenizer
-        self._top = plan.top
+        self._top, self._prompt_top = plan.top, plan.prompt_top
 
     def opening(self, job: Job) -> dict[str, Any]:
         return {
@@ -62,6 +62,12 @@ class ChatShape:
             "logprobs": self._logprobs(tokens),
             "finish_reason": reason,
         }
+
+    def beside(self, events: Sequence[ChoiceEvent]) -> dict[str, Any]:
+        if self._prompt_top is None:
+            return {}
+        found = find_prompt_logprobs(events) or []
+        return {"prompt_logprobs": prompt_logprobs(self._tokenizer, found, self._prompt_top)}
 
     def _logprobs(self, tokens: Sequence[Any]) -> dict[str, Any] | None:
         if self._top is None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from starlette.requests import Request
 
-from ...workers import GenerationRequest
+from ...workers import GenerationRequest, TokenLogprob
 from ..errors import ApiError
 from .admission import OPEN_END_TOKENS, Reservation, reserve
 from .assembler import TokenText
@@ -19,6 +19,7 @@ from .deps import GatewayDeps
 from .generation import ChoiceEvent, Job, Usage
 from .resolve import Target
 from .sampling import Plan
+from .structured import check
 
 LONG_TEXT_CHARS = 8192  # longer prompts are tokenized in a thread
 
@@ -41,6 +42,10 @@ class Shape(Protocol):
 
     def whole(self, events: Sequence[ChoiceEvent]) -> dict[str, Any]:
         """A finished choice."""
+        ...
+
+    def beside(self, events: Sequence[ChoiceEvent]) -> dict[str, Any]:
+        """Fields beside the choices of a whole answer, from the first choice's events."""
         ...
 
 
@@ -104,10 +109,10 @@ async def prepare(
     stream: bool,
     include_usage: bool,
 ) -> Work:
-    """Checks lengths, reserves budget, and lays out the choices.
+    """Checks lengths and the grammar, reserves budget, and lays out the choices.
 
     Raises:
-        ApiError: 400 context_length_exceeded, 429.
+        ApiError: 400 context_length_exceeded or invalid_grammar, 429.
     """
     caller: Caller = request.state.caller
     jobs: list[Job] = []
@@ -139,6 +144,7 @@ async def prepare(
                     ),
                 )
             )
+    await check(deps, plan.sampling.grammar)
     reservation = await reserve(deps, caller, estimate)
     return Work(
         caller=caller,
@@ -185,3 +191,8 @@ def join(events: Sequence[ChoiceEvent]) -> tuple[str, list[TokenText], str | Non
     text = "".join(item.delta.text for item in events)
     tokens = [token for item in events for token in item.delta.tokens]
     return text, tokens, events[-1].delta.finish_reason if events else None
+
+
+def find_prompt_logprobs(events: Sequence[ChoiceEvent]) -> list[TokenLogprob | None] | None:
+    """Those of a choice's prompt, which come with its first output if they were asked for."""
+    return next((e.prompt_logprobs for e in events if e.prompt_logprobs is not None), None)

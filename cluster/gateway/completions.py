@@ -10,10 +10,10 @@ from starlette.responses import Response
 
 from ..errors import ApiError
 from .assembler import TokenText, prompt_tokens
-from .completion import encode, join, prepare
+from .completion import encode, find_prompt_logprobs, join, prepare
 from .deps import GatewayDeps
 from .generation import ChoiceEvent, Job
-from .logprobs import completion_logprobs
+from .logprobs import completion_logprobs, prompt_logprobs
 from .resolve import ModelResolver
 from .respond import respond
 from .sampling import Plan, check_token_ids, plan_completion
@@ -35,7 +35,7 @@ class CompletionShape:
 
     def __init__(self, tokenizer: TextTokenizer, plan: Plan, echoes: Sequence[str]) -> None:
         self._tokenizer = tokenizer
-        self._top = plan.top
+        self._top, self._prompt_top = plan.top, plan.prompt_top
         self._echoes = echoes
 
     def opening(self, job: Job) -> None:
@@ -56,12 +56,19 @@ class CompletionShape:
     def whole(self, events: Sequence[ChoiceEvent]) -> dict[str, Any]:
         text, tokens, reason = join(events)
         job = events[0].job
-        return {
+        choice = {
             "index": job.index,
             "text": self._echo(job) + text,
             "logprobs": self._logprobs(job, events, tokens),
             "finish_reason": reason,
         }
+        if self._prompt_top is not None:
+            found = find_prompt_logprobs(events) or []
+            choice["prompt_logprobs"] = prompt_logprobs(self._tokenizer, found, self._prompt_top)
+        return choice
+
+    def beside(self, events: Sequence[ChoiceEvent]) -> dict[str, Any]:
+        return {}
 
     def _echo(self, job: Job) -> str:
         return self._echoes[job.prompt_index] if self._echoes else ""
@@ -72,7 +79,7 @@ class CompletionShape:
         if self._top is None:
             return None
         body = completion_logprobs(self._tokenizer, tokens, self._top, len(self._echo(job)))
-        prompt = next((e.prompt_logprobs for e in events if e.prompt_logprobs is not None), None)
+        prompt = find_prompt_logprobs(events)
         if not self._echoes or prompt is None:
             return body
         ids = job.request.prompt_ids

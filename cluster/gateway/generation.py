@@ -18,6 +18,8 @@ from .tokenizer import TextTokenizer
 _STATUS = {
     "context_length_exceeded": 400,
     "adapter_too_large": 400,
+    "invalid_grammar": 400,
+    "grammar_failed": 400,
     "adapter_corrupt": 503,
     "adapter_load_failed": 503,
     "adapter_not_found": 503,

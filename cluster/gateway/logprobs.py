@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ...workers import TokenLogprob
 from .assembler import TokenText
 from .tokenizer import TextTokenizer
 
@@ -86,4 +87,31 @@ def completion_logprobs(
         "token_logprobs": logprobs,
         "top_logprobs": tops,
         "text_offset": offsets,
+    }
+
+
+def prompt_logprobs(
+    tokenizer: TextTokenizer, logprobs: Sequence[TokenLogprob | None], top: int
+) -> list[dict[str, Any] | None]:
+    """vLLM's `prompt_logprobs`: for each token of the prompt its alternatives by id, itself too.
+
+    The first token has none (null).
+    """
+    return [None if entry is None else _by_id(tokenizer, entry, top) for entry in logprobs]
+
+
+def _by_id(tokenizer: TextTokenizer, entry: TokenLogprob, top: int) -> dict[str, Any]:
+    shown = [(entry.token_id, entry.logprob, entry.rank)]
+    shown += [
+        (token_id, logprob, place)
+        for place, (token_id, logprob) in enumerate(entry.top[:top], 1)
+        if token_id != entry.token_id
+    ]
+    return {
+        str(token_id): {
+            "logprob": _number(logprob),
+            "rank": rank,
+            "decoded_token": tokenizer.token_name(token_id),
+        }
+        for token_id, logprob, rank in shown
     }

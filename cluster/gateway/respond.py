@@ -84,6 +84,7 @@ async def _collect(work: Work, events: AsyncGenerator[ChoiceEvent, None]) -> dic
         "created": work.created,
         "model": work.target.name,
         "choices": [work.shape.whole(items) for items in by_choice],
+        **work.shape.beside(by_choice[0]),
         "usage": work.usage.body(),
         "loraplex": work.extension(),
     }

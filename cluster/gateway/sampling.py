@@ -6,13 +6,16 @@ import hashlib
 import secrets
 from dataclasses import dataclass, replace
 
+from ...adapter_store import show
 from ...workers import SamplingParams
 from ..errors import ApiError
 from ..settings import Settings
 from .schemas import SEED_BITS, ChatBody, CompletionBody, GenerationBody
+from .structured import grammar_of
 
 _SEED_MASK = (1 << SEED_BITS) - 1
 MAX_STOP_TOKEN_IDS = 64
+MAX_LOGIT_BIAS = 300  # entries, as OpenAI allows
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Plan:
         n: choices for each prompt.
         stops: stop strings.
         top: alternatives shown beside each token; None: no logprobs.
+        prompt_top: the same for the prompt's tokens in `prompt_logprobs`.
         echo: the prompt's text comes first in the answer.
         score_only: nothing is generated, the prompt alone is answered (max_tokens 0).
     """
@@ -36,6 +40,7 @@ class Plan:
     n: int
     stops: tuple[str, ...]
     top: int | None
+    prompt_top: int | None = None
     echo: bool = False
     score_only: bool = False
     skip_special_tokens: bool = True
@@ -86,8 +91,10 @@ def plan_completion(body: CompletionBody, settings: Settings, vocab_size: int) -
             param="max_tokens",
         )
     plan = _plan(body, settings, vocab_size, max_tokens, body.logprobs, "logprobs")
-    sampling = replace(plan.sampling, prompt_logprobs=plan.top if echo else None)
-    return replace(plan, sampling=sampling, echo=echo, score_only=max_tokens == 0)
+    if echo and plan.top is not None:
+        most = max(plan.top, plan.prompt_top or 0)
+        plan = replace(plan, sampling=replace(plan.sampling, prompt_logprobs=most))
+    return replace(plan, echo=echo, score_only=max_tokens == 0)
 
 
 def _plan(
@@ -110,6 +117,14 @@ def _plan(
     stop_ids = body.stop_token_ids or []
     _at_most("stop_token_ids", len(stop_ids), MAX_STOP_TOKEN_IDS, "ids")
     check_token_ids(stop_ids, vocab_size, "stop_token_ids")
+    _at_most("prompt_logprobs", body.prompt_logprobs, settings.max_logprobs)
+    if body.prompt_logprobs is not None and body.stream:
+        raise ApiError(
+            400,
+            "invalid_value",
+            "prompt_logprobs aren't part of streams; leave out one of prompt_logprobs and stream",
+            param="prompt_logprobs",
+        )
     min_tokens = body.min_tokens or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise ApiError(
@@ -124,9 +139,18 @@ def _plan(
             temperature=1.0 if body.temperature is None else float(body.temperature),
             top_p=1.0 if body.top_p is None else float(body.top_p),
             top_k=min(max(body.top_k or 0, 0), vocab_size),
+            min_p=float(body.min_p or 0),
+            repetition_penalty=float(body.repetition_penalty or 1),
+            presence_penalty=float(body.presence_penalty or 0),
+            frequency_penalty=float(body.frequency_penalty or 0),
+            logit_bias=_logit_bias(body.logit_bias or {}, vocab_size),
             logprobs=top,
+            prompt_logprobs=body.prompt_logprobs,
             stop_token_ids=tuple(stop_ids),
             ignore_eos=bool(body.ignore_eos),
+            grammar=grammar_of(
+                body.response_format, body.structured_outputs, settings.max_grammar_bytes
+            ),
         ),
         max_tokens=max_tokens,
         # Drawn here, so that a request that moves to another group draws the same tokens again.
@@ -134,8 +158,25 @@ def _plan(
         n=body.n or 1,
         stops=stops,
         top=top,
+        prompt_top=body.prompt_logprobs,
         skip_special_tokens=body.skip_special_tokens is not False,
     )
+
+
+def _logit_bias(given: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    _at_most("logit_bias", len(given), MAX_LOGIT_BIAS, "entries")
+    for name in given:
+        # int() would take " 5", "5_0" and digits of other scripts, and two names of one id.
+        if not (name.isascii() and name.isdigit() and name == str(int(name[:12]))):
+            raise ApiError(
+                400,
+                "invalid_value",
+                f"logit_bias has the key {show(name)}; keys are token ids",
+                param="logit_bias",
+            )
+    ids = [int(name) for name in given]
+    check_token_ids(ids, vocab_size, "logit_bias")
+    return tuple((i, float(value)) for i, value in zip(ids, given.values(), strict=True) if value)
 
 
 def check_token_ids(ids: list[int], vocab_size: int, param: str) -> None:

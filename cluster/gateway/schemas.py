@@ -8,10 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from ...adapter_store import show
 from ..errors import ApiError
+from .structured import ResponseFormat, StructuredOutputs
 
 # Numbers that JSON clients write as integers are fine ("temperature": 1); strings are not.
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True)]
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
+Bias = Annotated[Number, Field(ge=-100, le=100)]
 
 SEED_BITS = 63
 
@@ -36,7 +39,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bad_words": (None, []),
     "chat_template": (None,),
     "documents": (None, []),
-    "frequency_penalty": (None, 0),
     "function_call": (None, "none"),
     "functions": (None, []),
     "guided_choice": (None,),
@@ -45,18 +47,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_regex": (None,),
     "include_stop_str_in_output": (None, False),
     "length_penalty": (None, 1),
-    "logit_bias": (None, {}),
     "logits_processors": (None, []),
-    "min_p": (None, 0),
     "modalities": (None, ["text"]),
     "moderation": (None,),
     "prediction": (None,),
-    "presence_penalty": (None, 0),
-    "prompt_logprobs": (None,),
     "reasoning_effort": (None, "none"),
-    "repetition_penalty": (None, 1),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": (None,),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
@@ -85,6 +80,14 @@ class GenerationBody(BaseModel):
     temperature: Number | None = Field(None, ge=0, le=2)
     top_p: Number | None = Field(None, gt=0, le=1)
     top_k: Count | None = Field(None, ge=-1, description="0 or -1: off")
+    min_p: Number | None = Field(None, ge=0, le=1, description="of the likeliest token's share")
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Number | None = Field(None, gt=0, le=100, description="1: off")
+    logit_bias: dict[StrictStr, Bias] | None = Field(None, description="token id to what is added")
+    prompt_logprobs: Count | None = Field(None, ge=0)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     n: Count | None = Field(None, ge=1)
     stop: StrictStr | list[StrictStr] | None = None
     stop_token_ids: list[StrictInt] | None = None

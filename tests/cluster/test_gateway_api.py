@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex.cluster.gateway import TextTokenizer, respond
-from loraplex.workers import GenerationRequest
+from loraplex.workers import GenerationRequest, Grammar
 
 from tests.cluster.gateway_fakes import BASE, Bench, default_answer, make_bench
 from tests.cluster.gateway_store import MemoryStore
@@ -309,17 +309,68 @@ BAD_REQUESTS = [
     ({"stop_token_ids": [10**9]}, "invalid_value", "stop_token_ids"),
     ({"stream": "yes"}, "invalid_value", "stream"),
     ({"temprature": 1}, "unknown_parameter", "temprature"),
-    ({"frequency_penalty": 0.5}, "unsupported_parameter", "frequency_penalty"),
-    ({"presence_penalty": False}, "unsupported_parameter", "presence_penalty"),
-    ({"logit_bias": {"5": 3}}, "unsupported_parameter", "logit_bias"),
+    ({"frequency_penalty": 2.1}, "invalid_value", "frequency_penalty"),
+    ({"presence_penalty": False}, "invalid_value", "presence_penalty"),
+    ({"presence_penalty": -2.01}, "invalid_value", "presence_penalty"),
+    ({"repetition_penalty": 0}, "invalid_value", "repetition_penalty"),
+    ({"min_p": 1.5}, "invalid_value", "min_p"),
+    ({"logit_bias": {"5": 101}}, "invalid_value", "logit_bias.5"),
+    ({"logit_bias": {"05": 1}}, "invalid_value", "logit_bias"),
+    ({"logit_bias": {"x": 1}}, "invalid_value", "logit_bias"),
+    ({"logit_bias": {"1" * 5000: 1}}, "invalid_value", "logit_bias"),
+    ({"logit_bias": {"99999999": 1}}, "invalid_value", "logit_bias"),
+    ({"logit_bias": {str(i): 1 for i in range(301)}}, "invalid_value", "logit_bias"),
+    ({"prompt_logprobs": 21}, "invalid_value", "prompt_logprobs"),
+    ({"prompt_logprobs": 1, "stream": True}, "invalid_value", "prompt_logprobs"),
+    ({"response_format": {"type": "yaml"}}, "invalid_value", "response_format.type"),
+    (
+        {"response_format": {"type": "json_schema"}},
+        "invalid_value",
+        "response_format.json_schema",
+    ),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "oops"}}}},
+        "invalid_grammar",
+        "response_format",
+    ),
+    (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"schema": {"$ref": "http://127.0.0.1:1/x.json"}},
+            }
+        },
+        "invalid_grammar",
+        "response_format",
+    ),
+    (
+        {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+        "invalid_value",
+        "response_format",
+    ),
+    ({"structured_outputs": {"regex": "a" * 40000}}, "invalid_value", "structured_outputs"),
+    ({"structured_outputs": {"regex": "(a"}}, "invalid_grammar", "structured_outputs"),
+    (
+        {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+        "invalid_value",
+        "structured_outputs",
+    ),
+    ({"structured_outputs": {}}, "invalid_value", "structured_outputs"),
+    ({"structured_outputs": {"choice": []}}, "invalid_grammar", "structured_outputs"),
+    (
+        {"structured_outputs": {"grammar": "start: nothing"}},
+        "invalid_grammar",
+        "structured_outputs",
+    ),
+    ({"structured_outputs": {"json": "{"}}, "invalid_grammar", "response_format"),
+    ({"guided_json": {"type": "object"}}, "unsupported_parameter", "guided_json"),
     ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
-    ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
     ({"best_of": 3}, "unsupported_parameter", "best_of"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("body", "code", "param"), BAD_REQUESTS, ids=[str(b) for b, *_ in BAD_REQUESTS]
+    ("body", "code", "param"), BAD_REQUESTS, ids=[str(b)[:80] for b, *_ in BAD_REQUESTS]
 )
 async def test_bad_requests_name_the_parameter(bench, body, code, param):
     tenant = bench.tenant("acme")
@@ -352,6 +403,90 @@ async def test_neutral_values_of_unsupported_features_are_accepted(bench):
         temperature=None,
     )
     assert response.status_code == 200, response.text
+
+
+SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "null"}}}
+FORMS = [
+    ({"response_format": {"type": "json_object"}}, Grammar("json_schema", '{"type":"object"}')),
+    (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "n", "strict": True, "schema": SCHEMA},
+            }
+        },
+        Grammar("json_schema", json.dumps(SCHEMA, separators=(",", ":"))),
+    ),
+    (
+        {"structured_outputs": {"json": SCHEMA}},
+        Grammar("json_schema", json.dumps(SCHEMA, separators=(",", ":"))),
+    ),
+    ({"structured_outputs": {"json_object": True}}, Grammar("json_schema", '{"type":"object"}')),
+    ({"structured_outputs": {"regex": "[a-z]+"}}, Grammar("regex", "[a-z]+")),
+    ({"structured_outputs": {"choice": ["x", "y z"]}}, Grammar("choice", '["x","y z"]')),
+    ({"structured_outputs": {"grammar": 'root ::= "é"'}}, Grammar("grammar", 'root ::= "é"')),
+    ({"response_format": {"type": "text"}}, None),
+]
+
+
+@pytest.mark.parametrize(("body", "grammar"), FORMS, ids=[str(b)[:60] for b, _ in FORMS])
+async def test_forms_of_answers_reach_the_group(bench, body, grammar):
+    tenant = bench.tenant("acme")
+    for ask in (chat, complete):
+        response = await ask(bench, tenant.key, **body)
+        assert response.status_code == 200, response.text
+        assert bench.dispatcher.requests[-1].sampling.grammar == grammar
+
+
+async def test_penalties_filters_and_bias_reach_the_group(bench):
+    tenant = bench.tenant("acme")
+    asked = {
+        "min_p": 0.25,
+        "top_k": 7,
+        "top_p": 0.5,
+        "presence_penalty": -2,
+        "frequency_penalty": 2,
+        "repetition_penalty": 1.5,
+        "min_tokens": 2,
+        "seed": 11,
+        "n": 3,
+    }
+    bias = {"5": 3, "9": -100.0, "12": 0}
+    for ask in (chat, complete):
+        bench.dispatcher.requests.clear()
+        response = await ask(bench, tenant.key, **asked, logit_bias=bias, max_tokens=5)
+        assert response.status_code == 200, response.text
+        requests = bench.dispatcher.requests
+        assert len({r.sampling.seed for r in requests}) == 3
+        for request in requests:
+            sampling = request.sampling
+            assert sampling.logit_bias == ((5, 3.0), (9, -100.0))
+            assert sampling.host_state
+            for name in asked.keys() - {"n", "seed"}:
+                assert getattr(sampling, name) == asked[name], name
+            assert GenerationRequest.from_wire(request.to_wire()) == request
+
+
+async def test_prompt_logprobs_are_listed_by_token_id(bench):
+    tenant = bench.tenant("acme")
+    for n in (1, 2):
+        body = (await complete(bench, tenant.key, prompt_logprobs=2, n=n)).json()
+        prompt = bench.dispatcher.requests[-1].prompt_ids
+        for choice in body["choices"]:
+            shown = choice["prompt_logprobs"]
+            assert len(shown) == len(prompt)
+            assert shown[0] is None
+            for token, entry in zip(prompt[1:], shown[1:], strict=True):
+                assert entry[str(token)]["logprob"] == -token / 100
+                assert {"5", "6"} <= entry.keys() <= {"5", "6", str(token)}
+                assert entry["5"]["decoded_token"] == text_tokenizer().token_name(5)
+    body = (await chat(bench, tenant.key, prompt_logprobs=0)).json()
+    prompt = bench.dispatcher.requests[-1].prompt_ids
+    assert [set(e or ()) for e in body["prompt_logprobs"]] == [
+        set(),
+        *({str(token)} for token in prompt[1:]),
+    ]
+    assert "prompt_logprobs" not in (await chat(bench, tenant.key)).json()
 
 
 @pytest.mark.parametrize(
@@ -415,6 +550,27 @@ async def test_lone_surrogates_are_refused(bench):
             headers={"content-type": "application/json"},
         )
     assert error_of(response, 400)["param"].startswith("prompt")
+
+
+@pytest.mark.parametrize(
+    ("form", "code"),
+    [
+        ('{"json":{"const":"\\ud800"}}', "invalid_grammar"),
+        ('{"json":{"minimum":NaN}}', "invalid_value"),
+        ('{"json":' + '{"items":' * 300 + "{}" + "}" * 301, "invalid_grammar"),
+        ('{"regex":"\\ud800"}', "invalid_grammar"),
+        ('{"choice":["\\udfff"]}', "invalid_grammar"),
+        ('{"grammar":"start: \\"\\ud800\\""}', "invalid_grammar"),
+    ],
+)
+async def test_forms_that_only_look_like_text_are_refused(bench, form, code):
+    tenant = bench.tenant("acme")
+    body = '{"model":"base-model","prompt":"a fox","structured_outputs":' + form + "}"
+    async with bench.client(tenant.key) as client:
+        headers = {"content-type": "application/json"}
+        response = await client.post("/v1/completions", content=body.encode(), headers=headers)
+    assert error_of(response, 400)["code"] == code
+    assert bench.dispatcher.requests == []
 
 
 async def test_too_long_and_empty_prompts(bench):

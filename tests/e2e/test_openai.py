@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+import jsonschema
 import openai
 import pytest
 
@@ -200,6 +201,98 @@ def test_choices_and_seeds(acme: Tenant) -> None:
     assert one.usage is not None
     assert two.usage.prompt_tokens == one.usage.prompt_tokens, "a prompt counts once"
     assert two.usage.completion_tokens == 2 * one.usage.completion_tokens == 24
+
+
+def test_streamed_choices_are_those_of_the_whole_answer(acme: Tenant) -> None:
+    ask = {"model": "scripture", "messages": QUESTION, "max_tokens": 12, "seed": 5, "n": 2}
+    whole = acme.openai.chat.completions.create(**ask)  # type: ignore[arg-type]
+    texts, reasons = ["", ""], [None, None]
+    usage = None
+    with acme.openai.chat.completions.create(
+        **ask,  # type: ignore[arg-type]
+        stream=True,
+        stream_options={"include_usage": True},
+    ) as stream:
+        for chunk in stream:
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+                reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    assert texts == [c.message.content for c in whole.choices]
+    assert reasons == [c.finish_reason for c in whole.choices]
+    assert usage is not None
+    assert whole.usage is not None
+    assert usage.prompt_tokens == whole.usage.prompt_tokens, "a prompt counts once"
+    assert usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_a_logit_bias_forces_a_token(acme: Tenant, oracle: Callable[[str], Oracle]) -> None:
+    token = oracle(BASE).tokenizer(" king").input_ids[0]
+    word = oracle(BASE).text([token])
+    forced = acme.openai.completions.create(
+        model="scripture", prompt="And the", max_tokens=4, logit_bias={str(token): 100}
+    )
+    assert forced.choices[0].text == word * 4
+    # Every repetition costs 2 of a lead that the bias no longer makes endless.
+    varied = acme.openai.completions.create(
+        model="scripture",
+        prompt="And the",
+        max_tokens=30,
+        temperature=0,
+        logit_bias={str(token): 15},
+        frequency_penalty=2,
+        presence_penalty=1,
+        extra_body={"repetition_penalty": 1.1, "min_p": 0.01, **EXACT},
+    )
+    assert varied.choices[0].text.count(word) < 30
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "title": {"type": "string", "maxLength": 12},
+        "year": {"type": "integer", "minimum": 1000, "maximum": 1999},
+        "kind": {"enum": ["psalm", "log", "proof"]},
+    },
+    "required": ["title", "year", "kind"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("model", [BASE, *FOLDERS])
+def test_answers_follow_a_json_schema(service: Service, model: str) -> None:
+    tenant = service.owners.get(model, service.any_tenant)
+    form = {"type": "json_schema", "json_schema": {"name": "text", "schema": SCHEMA}}
+    ask = {"model": model, "messages": QUESTION, "response_format": form, "seed": 3}
+    whole = tenant.openai.chat.completions.create(**ask, n=2)  # type: ignore[arg-type]
+    for choice in whole.choices:
+        assert choice.finish_reason == "stop"
+        jsonschema.validate(json.loads(choice.message.content or ""), SCHEMA)
+    with tenant.openai.chat.completions.create(**ask, stream=True) as stream:  # type: ignore[arg-type]
+        text = "".join(c.choices[0].delta.content or "" for c in stream)
+    assert text == whole.choices[0].message.content
+
+
+def test_answers_are_one_of_the_choices(acme: Tenant) -> None:
+    choices = ["a whale", "a psalm"]
+    text = acme.text("scripture", "It was", extra_body={"structured_outputs": {"choice": choices}})
+    assert text in choices
+
+
+def test_sampling_values_out_of_range_name_the_parameter(acme: Tenant) -> None:
+    wrong = {
+        "presence_penalty": 2.5,
+        "frequency_penalty": -3,
+        "repetition_penalty": 0,
+        "min_p": 1.01,
+        "logit_bias": {"4096": 1},
+        "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}},
+    }
+    for name, value in wrong.items():
+        with pytest.raises(openai.BadRequestError) as refused:
+            acme.text("scripture", "x", extra_body={name: value})
+        assert refused.value.param == name
+        assert refused.value.code in ("invalid_value", "invalid_grammar")
 
 
 def test_a_stop_string_ends_the_text_before_it(acme: Tenant) -> None:

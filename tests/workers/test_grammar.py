@@ -1,0 +1,232 @@
+"""Generated text follows its grammar to the letter, wherever a sequence is taken up."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from loraplex.workers import (
+    GenerationRequest,
+    Grammar,
+    GrammarInvalid,
+    SamplingParams,
+    check_grammar,
+)
+from loraplex.workers.grammar import MAX_CHOICES, Grammars, fill_masks
+from loraplex.workers.sampler import Draw, SamplingBatch, sample
+from tokenizers import Tokenizer
+
+from .conftest import DEMO, TENANT
+
+EOS = 2
+VOCAB = 4096
+PADDED = VOCAB + 71  # a model's rows may be more than its tokenizer's tokens
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "size": {"enum": ["small", "größer"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 99},
+        "tags": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["name", "size", "count", "tags"],
+    "additionalProperties": False,
+}
+JSON = Grammar("json_schema", json.dumps(SCHEMA))
+FORMS = [
+    JSON,
+    Grammar("regex", r"(ab|[0-9]{2,4})-é+!"),
+    Grammar("choice", json.dumps(["yes", 'no "quoted"', "line\nbreak", "naïve\\"])),
+    Grammar("grammar", 'start: "<" word ("," word)* ">"\nword: /[a-z]{1,3}/'),
+    Grammar("grammar", 'root ::= "x" root "y" | "z"'),
+]
+
+
+def follows(grammar: Grammar, text: str) -> bool:
+    """Whether a whole text is one that the grammar describes, found without llguidance."""
+    if grammar.kind == "json_schema":
+        jsonschema.validate(json.loads(text), json.loads(grammar.text))
+        return True
+    if grammar.kind == "choice":
+        return text in json.loads(grammar.text)
+    if grammar.kind == "regex":
+        return re.fullmatch(grammar.text, text) is not None
+    if grammar.text.startswith("start"):
+        return re.fullmatch(r"<[a-z]{1,3}(,[a-z]{1,3})*>", text) is not None
+    depth = text.index("z")
+    return text == "x" * depth + "z" + "y" * depth
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Grammars:
+    return Grammars(DEMO / "model", PADDED, [EOS])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(DEMO / "model" / "tokenizer.json"))
+
+
+def allowed(state, banned=()) -> set[int]:
+    words = fill_masks([(state, banned)], PADDED)
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+    return set(np.flatnonzero(bits).tolist())
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda g: g.kind)
+def test_a_random_walk_makes_a_text_of_the_grammar(grammars, tokenizer, form):
+    check_grammar(form)
+    for _ in range(20):
+        state, tokens = grammars.start(form), []
+        while not state.finished and len(tokens) < 300:
+            choices = allowed(state)
+            assert choices
+            assert max(choices) < VOCAB, "an id that the tokenizer lacks"
+            # Ends where it may, and prefers short ways: unbounded forms would take long.
+            token = EOS if EOS in choices else random.choice(sorted(choices))
+            tokens.append(token)
+            state.advance(token)
+            assert state.error is None
+        if state.finished:
+            text = tokenizer.decode([t for t in tokens if t != EOS])
+            assert follows(form, text), text
+
+
+def test_a_state_that_is_taken_up_allows_what_the_first_one_did(grammars):
+    state, tokens = grammars.start(JSON), []
+    while not state.finished:
+        assert allowed(grammars.start(JSON, tokens)) == allowed(state)
+        token = random.choice(sorted(allowed(state)))
+        tokens.append(token)
+        state.advance(token)
+    assert grammars.start(JSON, tokens).finished
+    with pytest.raises(GrammarInvalid, match="don't follow"):
+        grammars.start(JSON, [*tokens, 50])
+
+
+def test_states_of_one_grammar_dont_share_their_places(grammars, tokenizer):
+    first, second = grammars.start(JSON), grammars.start(JSON)
+    before = allowed(second)
+    first.advance(next(iter(allowed(first))))
+    assert allowed(second) == before
+
+
+def test_a_token_that_is_not_allowed_is_an_error(grammars, tokenizer):
+    state = grammars.start(JSON)
+    state.advance(tokenizer.encode("x").ids[0])
+    assert state.error
+
+
+def test_banned_ids_leave_the_mask_unless_nothing_would_be_left(grammars, tokenizer):
+    state = grammars.start(Grammar("regex", "ab*"))
+    for token in tokenizer.encode("ab").ids:
+        state.advance(token)
+    assert EOS in allowed(state)
+    assert allowed(state, (EOS, 10**6)) == allowed(state) - {EOS}
+    ended = grammars.start(Grammar("regex", "ab"))
+    for token in tokenizer.encode("ab").ids:
+        ended.advance(token)
+    assert allowed(ended, (EOS,)) == {EOS}
+
+
+def test_masks_reach_the_logits_of_their_rows_alone(grammars):
+    logits = torch.randn(5, PADDED)
+    states = {1: grammars.start(JSON), 4: grammars.start(FORMS[1])}
+    draws = [
+        Draw(SamplingParams(temperature=0, logit_bias=((9, 100.0),)), 0, grammar=states.get(i))
+        for i in range(5)
+    ]
+    changed = logits.clone()
+    tokens = sample(changed, SamplingBatch.build(draws, PADDED, logits.device)).to_host().tokens
+    for i in range(5):
+        expected = logits[i].clone()
+        expected[9] += 100
+        if i in states:
+            keep = torch.zeros(PADDED, dtype=torch.bool)
+            keep[sorted(allowed(states[i]))] = True
+            expected[~keep] = float("-inf")
+        assert torch.equal(changed[i], expected)
+        assert tokens[i] == expected.argmax()
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        (Grammar("json_schema", "{"), "EOF"),
+        (Grammar("json_schema", '{"type": "objekt"}'), "objekt"),
+        (Grammar("json_schema", '{"$ref": "http://127.0.0.1:9/x"}'), "not fetch"),
+        (Grammar("json_schema", '{"not": {}}'), "not"),
+        (Grammar("regex", "(a"), "unclosed"),
+        (Grammar("choice", "[]"), "1 to"),
+        (Grammar("choice", json.dumps(["a"] * (MAX_CHOICES + 1))), "1 to"),
+        (Grammar("choice", '["a", 1]'), "list of texts"),
+        (Grammar("grammar", "start: nothing"), "nothing"),
+        (Grammar("yaml", "a"), "yaml"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_cant_be_compiled_is_refused_with_the_reason(grammars, grammar, message):
+    with pytest.raises(GrammarInvalid, match=message):
+        check_grammar(grammar)
+    with pytest.raises(GrammarInvalid, match=message):
+        grammars.start(grammar)
+
+
+def test_a_model_without_a_tokenizer_says_so(tmp_path):
+    with pytest.raises(GrammarInvalid, match=r"tokenizer\.json"):
+        Grammars(tmp_path, 10, []).start(JSON)
+
+
+def test_an_engine_answers_in_json_whatever_the_adapter_and_goes_on_elsewhere(
+    demo, make_engine, run, tokenizer
+):
+    def ask(name: str, seed: int, **changes: Any) -> GenerationRequest:
+        params = SamplingParams(max_tokens=120, seed=seed, grammar=JSON, **changes)
+        ref = random.choice([None, *demo.refs.values()])
+        return GenerationRequest(name, (10, 11, 12), params, TENANT, ref)
+
+    requests = [
+        ask("plain", 1),
+        ask("greedy", 2, temperature=0.0),
+        ask("patient", 3, min_tokens=90, ignore_eos=True),
+        ask("penalised", 4, repetition_penalty=1.2, frequency_penalty=0.5, top_p=0.9),
+    ]
+    free = GenerationRequest("free", (10,), SamplingParams(max_tokens=40, seed=5), TENANT)
+    results = run(make_engine(), [*requests, free])
+    assert results["free"].tokens == run(make_engine(), [free])["free"].tokens
+    for request in requests:
+        result = results[request.request_id]
+        assert result.last.error is None
+        assert result.last.finish_reason == "stop", tokenizer.decode(result.tokens)
+        assert follows(JSON, tokenizer.decode(result.tokens))
+        cut = random.randrange(1, len(result.tokens))
+        rest = GenerationRequest(
+            "rest",
+            request.prompt_ids,
+            request.sampling,
+            TENANT,
+            request.adapter,
+            tuple(result.tokens[:cut]),
+        )
+        assert run(make_engine(), [rest])["rest"].tokens == result.tokens[cut:]
+
+
+def test_an_engine_refuses_a_grammar_for_its_own_request_only(make_engine, run, greedy):
+    bad = greedy("bad", [10], grammar=Grammar("regex", "(a"))
+    results = run(make_engine(), [bad, greedy("good", [10])])
+    assert results["bad"].last.error_code == "invalid_grammar"
+    assert "unclosed" in (results["bad"].last.error or "")
+    assert results["good"].last.finish_reason == "length"
+
+
+def test_a_continuation_of_a_finished_answer_ends_at_once(make_engine, run, tokenizer):
+    params = SamplingParams(grammar=Grammar("choice", '["yes"]'))
+    done = tuple(tokenizer.encode("yes").ids)
+    out = run(make_engine(), [GenerationRequest("a", (10,), params, TENANT, None, done)])["a"]
+    assert out.tokens == []
+    assert out.last.finish_reason == "stop"
