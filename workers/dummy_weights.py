@@ -33,11 +33,14 @@ class DummyCheckpoint:
         rows: slice | None = None,
         cols: slice | None = None,
         depth: slice | None = None,
+        into: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `weights.TensorSource`."""
         slices = whole_slices(shape, rows, cols, depth)
-        sizes = [s.stop - s.start for s in slices]
-        out = torch.empty(sizes, dtype=self._dtype, device=self._device)
+        out = into
+        if out is None:
+            sizes = [s.stop - s.start for s in slices]
+            out = torch.empty(sizes, dtype=self._dtype, device=self._device)
         if name.endswith("norm.weight"):
             return out.fill_(1)
         key = f"{name}{[(s.start, s.stop) for s in slices]}"

@@ -26,6 +26,12 @@ class Loader:
     checkpoint: TensorSource
     comm: Comm
     runner: MoeRunner
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """For weights that are put together from several tensors of the checkpoint."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def attention(self, prefix: str, norm: QkNorm | None) -> Attention:
         """Attention whose tensors' names begin with `prefix`."""
@@ -91,20 +97,20 @@ class Loader:
         ck, m, mine = self.checkpoint, self.config, self.shard.experts
         hidden, inter = m.hidden_size, m.moe_intermediate_size
         lo, hi = self.shard.intermediate_rows()
-        part = slice(lo, hi)
-        if prefix + "gate_up_proj" in ck:
-            rows = slice(mine.start, mine.stop)
-            fused = (m.num_experts, 2 * inter, hidden)
-            gate_up = [
-                ck.get(prefix + "gate_up_proj", fused, rows, slice(first + lo, first + hi))
-                for first in (0, inter)
-            ]
-            down = ck.get(prefix + "down_proj", (m.num_experts, hidden, inter), rows, depth=part)
-            return MoeWeights(torch.cat(gate_up, dim=1), down)
+        part, fused = slice(lo, hi), prefix + "gate_up_proj" in ck
         gate, up, down = projections
-        w13, w2 = [], []
-        for e in mine:
-            for name in (gate, up):
-                w13.append(ck.get(f"{prefix}{e}.{name}.weight", (inter, hidden), part))
-            w2.append(ck.get(f"{prefix}{e}.{down}.weight", (hidden, inter), cols=part))
-        return MoeWeights(torch.cat(w13).view(len(mine), -1, hidden), torch.stack(w2))
+        w13 = self.empty(len(mine), 2, hi - lo, hidden)
+        w2 = self.empty(len(mine), hidden, hi - lo)
+        for n, e in enumerate(mine):
+            if fused:
+                only, shape = slice(e, e + 1), (m.num_experts, 2 * inter, hidden)
+                for half, first in enumerate((0, inter)):
+                    rows = slice(first + lo, first + hi)
+                    ck.get(prefix + "gate_up_proj", shape, only, rows, into=w13[n : n + 1, half])
+                shape = (m.num_experts, hidden, inter)
+                ck.get(prefix + "down_proj", shape, only, depth=part, into=w2[n : n + 1])
+                continue
+            for half, name in enumerate((gate, up)):
+                ck.get(f"{prefix}{e}.{name}.weight", (inter, hidden), part, into=w13[n, half])
+            ck.get(f"{prefix}{e}.{down}.weight", (hidden, inter), cols=part, into=w2[n])
+        return MoeWeights(w13.flatten(1, 2), w2)

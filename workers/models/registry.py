@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -15,6 +16,10 @@ from ..weights import TensorSource
 from . import mixtral, olmoe, qwen2_moe, qwen3_moe
 from .decoder import Decoder, DecoderLayer
 from .loading import Loader
+
+# Layers read at a time: one alone would wait for the disk between its reads. Each holds about a
+# layer's bytes on the host.
+LOAD_THREADS = 4
 
 # `ModelConfig` refuses every other type, before a weight is read.
 LAYERS: Mapping[str, Callable[[Loader, int], DecoderLayer]] = {
@@ -45,11 +50,13 @@ def load_model(
     head = embed
     if not config.tie_word_embeddings and shard.rank == 0:
         head = checkpoint.get("lm_head.weight", table)
-    loader = Loader(config, shard, checkpoint, comm, runner)
+    loader = Loader(config, shard, checkpoint, comm, runner, embed.dtype, device)
     load_layer = LAYERS[config.model_type]
+    with ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="weights") as threads:
+        layers = list(threads.map(lambda n: load_layer(loader, n), range(config.num_layers)))
     return Decoder(
         embed=embed,
-        layers=[load_layer(loader, n) for n in range(config.num_layers)],
+        layers=layers,
         norm=checkpoint.get("model.norm.weight", (config.hidden_size,)),
         head=head,
         rope=RotaryEmbedding(config.head_dim, config.rope_theta, max_positions, device),
