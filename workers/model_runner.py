@@ -129,9 +129,6 @@ class ModelRunner:
             tokens -= n
         return sequences
 
-    def _longest(self) -> int:
-        return min(self._config.context_length, self.kv_blocks * self._config.block_size)
-
     def apply_changes(self, step: Step) -> None:
         """Follows rank 0's pool: the same loads and unloads in the same order."""
         for change in step.changes:
