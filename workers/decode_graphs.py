@@ -148,7 +148,9 @@ class DecodeGraphs:
 
     def _fill(self, inputs: StepInputs) -> None:
         n = inputs.token_ids.size
-        host = torch.empty_like(self._memory, device="cpu", pin_memory=self._device.type == "cuda")
+        host = torch.empty(
+            self._memory.shape, dtype=torch.int32, pin_memory=self._device.type == "cuda"
+        )
         array = host.numpy()
         fields = array[:-1].reshape(len(TOKEN_FIELDS), -1)
         fields[:2] = 0

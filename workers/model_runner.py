@@ -13,7 +13,7 @@ from .attention import PagedKVCache, plan_attention
 from .comm import Comm
 from .compile_watch import CompileWatch
 from .config import EngineConfig
-from .decode_graphs import DecodeGraphs, DecodeRows
+from .decode_graphs import CaptureReport, DecodeGraphs, DecodeRows
 from .dummy_weights import DummyCheckpoint
 from .host_copies import to_device
 from .models import load_model
@@ -81,12 +81,13 @@ class ModelRunner:
         # Until every rank has loaded: the first step would wait for the slowest, and count as hung.
         comm.all_reduce(torch.zeros(1, device=self.device))
         self.graphs: DecodeGraphs | None = None  # None: decode steps run as others do
+        self.captured: CaptureReport | None = None
         self.compiles = CompileWatch()
         if on_gpu:
             self.warm_up()
             if config.cuda_graphs:
                 self.graphs = self.decode_graphs()
-                self.graphs.capture()
+                self.captured = self.graphs.capture()
             self.compiles.start()
 
     def warm_up(self) -> None:

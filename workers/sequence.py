@@ -23,6 +23,7 @@ class Sequence:
     arrival: int
     limit: int  # tokens (prompt and output) at which it ends for its length
     tokens: list[int] = field(init=False)
+    owner: str = field(init=False)  # whose work it is, as reports and the prefix cache name it
     computed: int = 0
     unread: int = 0
     flights: int = 0  # launched steps that name it and whose results weren't read
@@ -38,6 +39,7 @@ class Sequence:
     host: HostState | None = None  # of requests whose sampling says `host_state`
 
     def __post_init__(self) -> None:
+        self.owner = self.adapter_key or f"{self.request.tenant_id}/base"
         self.tokens = [*self.request.prompt_ids, *self.request.output_ids]
         if self.request.sampling.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
@@ -47,18 +49,13 @@ class Sequence:
         return self.request.adapter.key if self.request.adapter else None
 
     @property
-    def owner(self) -> str:
-        """Whose work this is, as reports and the prefix cache name it."""
-        return self.adapter_key or f"{self.request.tenant_id}/base"
-
-    @property
     def output_count(self) -> int:
         return len(self.tokens) - len(self.request.prompt_ids)
 
     @property
     def pending(self) -> int:
         """Tokens that still have to go through the model."""
-        return self.length - self.computed
+        return len(self.tokens) + self.unread - self.computed
 
     @property
     def length(self) -> int:
