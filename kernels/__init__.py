@@ -17,7 +17,9 @@ from .lora_tables import (
 )
 from .moe import fused_moe
 from .moe_weights import ClampedSwiglu, MoeWeights
+from .norm import add_rms_norm_
 from .paged_sequences import TILE_TOKENS, PagedSequences
+from .qkv_prepare import qkv_prepare
 from .reference import (
     Factors,
     align_reference,
@@ -48,6 +50,7 @@ __all__ = [
     "MoeWeights",
     "PagedSequences",
     "TorchBackend",
+    "add_rms_norm_",
     "align_reference",
     "backend_for",
     "fused_moe",
@@ -58,5 +61,6 @@ __all__ = [
     "moe_lora_align_block_size",
     "moe_reference",
     "paged_attention",
+    "qkv_prepare",
     "write_kv",
 ]

@@ -38,7 +38,7 @@ def paged_attention(
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or layout.
     """
-    _check_cache(k_cache, v_cache)
+    check_cache(k_cache, v_cache)
     kv_heads, d = k_cache.shape[2:]
     tokens = sequences.write_slots.shape[0]
     check("q", q, shape=(tokens, None, d), dtype=k_cache.dtype, device=k_cache.device)
@@ -72,7 +72,7 @@ def write_kv(
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or layout.
     """
-    _check_cache(k_cache, v_cache)
+    check_cache(k_cache, v_cache)
     tokens = write_slots.shape[0]
     for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
         if new is None:
@@ -86,7 +86,8 @@ def write_kv(
     gpu().write_kv(k, v, k_cache, v_cache, write_slots)
 
 
-def _check_cache(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+def check_cache(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    """Raise ValueError unless both are caches of one layer that kernels read right."""
     check("k_cache", k_cache, shape=(None, None, None, None), dtype=FLOAT_TYPES)
     check(
         "v_cache", v_cache, shape=(*k_cache.shape[:3], None), dtype=k_cache.dtype,

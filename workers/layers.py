@@ -6,14 +6,13 @@ Weights are plain tensors, cut by `models.loading`. Activations are [T, H], T to
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from ..kernels import LoraBatch, MoeRunner, MoeWeights, lora_linear_
 from .adapter_pool import AdapterPool
-from .attention import AttentionBatch, PagedKVCache
+from .attention import AttentionBatch, PagedBatch, PagedKVCache
 from .comm import Comm
 from .shard import Shard
 
@@ -78,12 +77,6 @@ class StepContext:
     padding: torch.Tensor | None = None
 
 
-class QkNorm(Protocol):
-    """What is done to a rank's q [T, q] and k [T, kv] before they are rotated."""
-
-    def __call__(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-
 @dataclass(frozen=True)
 class HeadNorm:
     """RMS norm of each head alone, all heads with the same weights [D]."""
@@ -124,6 +117,9 @@ class WholeNorm:
         return x.to(q.dtype), y.to(k.dtype)
 
 
+QkNorm = HeadNorm | WholeNorm  # of a rank's q [T, q] and k [T, kv] before they are rotated
+
+
 @dataclass(frozen=True)
 class Attention:
     """Grouped-query attention over the paged cache, with LoRA on q, k, v and o."""
@@ -136,20 +132,31 @@ class Attention:
     norm: QkNorm | None
 
     def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
-        s, t, d = self.shard, h.shape[0], self.shard.model.head_dim
         qkv = F.linear(h, self.qkv, self.qkv_bias)
         if step.lora is not None:
             lora_linear_(qkv, h, step.pool.qkv[n], step.lora)
-        q, k, v = qkv.split((s.q_size, s.kv_size, s.kv_size), dim=-1)
-        if self.norm is not None:
-            q, k = self.norm(q, k)
-        q = RotaryEmbedding.apply(q.reshape(t, -1, d), step.cos, step.sin)
-        k = RotaryEmbedding.apply(k.reshape(t, -1, d), step.cos, step.sin)
-        o = step.cache.attend(n, q, k, v.reshape(t, -1, d), step.attention)
+        o = step.cache.read(n, self._prepare(n, qkv, step), step.attention)
         y = F.linear(o, self.o)
         if step.lora is not None:
             lora_linear_(y, o, step.pool.o[n], step.lora)
         return self.comm.all_reduce(y)
+
+    def _prepare(self, n: int, qkv: torch.Tensor, step: StepContext) -> torch.Tensor:
+        """q [T, heads, D], normed and rotated; k, treated alike, and v are in the cache then."""
+        batch, cache, norm = step.attention, step.cache, self.norm
+        if isinstance(batch, PagedBatch) and not isinstance(norm, WholeNorm):
+            weights = (
+                (None, None, 0.0) if norm is None else (norm.q_weight, norm.k_weight, norm.eps)
+            )
+            return batch.prepare(qkv, cache.k[n], cache.v[n], step.cos, step.sin, *weights)
+        s, t, d = self.shard, qkv.shape[0], self.shard.model.head_dim
+        q, k, v = qkv.split((s.q_size, s.kv_size, s.kv_size), dim=-1)
+        if norm is not None:
+            q, k = norm(q, k)
+        q = RotaryEmbedding.apply(q.reshape(t, -1, d), step.cos, step.sin)
+        k = RotaryEmbedding.apply(k.reshape(t, -1, d), step.cos, step.sin)
+        cache.write(n, k, v.reshape(t, -1, d), batch)
+        return q
 
 
 @dataclass(frozen=True)

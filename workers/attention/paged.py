@@ -11,7 +11,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from ...kernels import TILE_TOKENS, PagedSequences, paged_attention, write_kv
+from ...kernels import TILE_TOKENS, PagedSequences, paged_attention, qkv_prepare, write_kv
 from ..errors import WorkerError
 from ..step import SequenceStep
 
@@ -60,6 +60,23 @@ class PagedBatch:
         self, k: torch.Tensor, v: torch.Tensor | None, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> None:
         write_kv(k, v, k_cache, v_cache, self.sequences.write_slots)
+
+    def prepare(
+        self,
+        qkv: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        q_weight: torch.Tensor | None,
+        k_weight: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        """`kernels.qkv_prepare` with this step's slots; cos and sin are [T, 1, D]."""
+        return qkv_prepare(
+            qkv, k_cache, v_cache, self.sequences.write_slots, cos[:, 0], sin[:, 0],
+            q_weight, k_weight, eps,
+        )  # fmt: skip
 
     def attend(
         self,
