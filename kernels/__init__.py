@@ -1,11 +1,12 @@
-"""Tensors in, tensors out: the MoE layer and the dense projections with many LoRA adapters, and
-attention over a paged KV cache."""
+"""Tensors in, tensors out: the MoE layer and the dense projections with many LoRA adapters,
+attention over a paged KV cache, and what sampling asks of a vocabulary's logits."""
 
 from .align import moe_lora_align_block_size
 from .aligned import AlignedBatch, BlockSegments
 from .attention import paged_attention, write_kv
 from .backends import backend_for
 from .dense_lora import lora_linear_
+from .least_kept import least_kept
 from .lora_batch import TUNED_ADAPTERS, LoraBatch
 from .lora_tables import (
     FUSED_GATE_UP,
@@ -56,6 +57,7 @@ __all__ = [
     "fused_moe",
     "gather_dense_factors",
     "gather_factors",
+    "least_kept",
     "lora_linear_",
     "lora_linear_reference",
     "moe_lora_align_block_size",

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from ..kernels import least_kept
 from .host_copies import HostCopy
 from .logprobs import LogprobTensors, logprob_tensors, to_logprobs
 from .request import TokenLogprob
-from .sampling_batch import Draw, Filter, SamplingBatch
+from .sampling_batch import Draw, SamplingBatch
 
 __all__ = ["Draw", "PendingSample", "Sample", "Sampled", "SamplingBatch", "sample"]
 
@@ -134,34 +135,11 @@ def _draw(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         rows = logits.index_select(0, batch.min_p_rows)
         floor = rows.amax(dim=-1, keepdim=True) + batch.log_min_p[:, None]
         logits.index_copy_(0, batch.min_p_rows, rows.masked_fill(rows < floor, _NEVER))
-    for part in batch.filters:
-        rows = logits.index_select(0, part.rows)
-        rows = rows.masked_fill(rows < _least_kept(rows, part), _NEVER)
-        logits.index_copy_(0, part.rows, rows)
+    if (cut := batch.filter) is not None:
+        rows = logits.index_select(0, cut.rows)
+        least = least_kept(rows, cut.top_k, cut.top_p)
+        logits.index_copy_(0, cut.rows, rows.masked_fill(rows < least[:, None], _NEVER))
     return _invert(logits, batch.uniform)
-
-
-def _least_kept(logits: torch.Tensor, part: Filter) -> torch.Tensor:
-    """The smallest logit that top_k and top_p keep. float32 [n, V] -> [n, 1]."""
-    if part.width < logits.shape[1]:
-        values = logits.topk(part.width, dim=-1).values
-    else:
-        # Whole, for want of a bound on how many tokens top_p keeps.
-        values = logits.sort(dim=-1, descending=True).values
-    kth = values.gather(1, part.top_k[:, None] - 1)
-    values = values.masked_fill(values < kth, _NEVER)
-    shares = _shares(values, part.width)
-    ends = shares.cumsum(dim=-1)
-    top_p = part.top_p[:, None]
-    inside = (ends - shares < top_p * ends[:, -1:]) | (top_p >= 1)
-    count = (inside & (values > _NEVER)).sum(dim=-1, keepdim=True)
-    return values.gather(1, (count - 1).clamp(min=0))
-
-
-def _shares(logits: torch.Tensor, width: int) -> torch.Tensor:
-    """Each row's softmax in units of 2^-46, and zeros up to `width`: int64 [n, width]."""
-    shares = torch.softmax(logits, dim=-1).mul_(_ONE).to(torch.int64)
-    return functional.pad(shares, (0, width - shares.shape[1]))
 
 
 def _invert(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -176,7 +154,8 @@ def _invert(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """
     vocab = logits.shape[1]
     chunks = -(-vocab // _CHUNK)
-    shares = _shares(logits, chunks * _CHUNK).view(-1, chunks, _CHUNK)
+    shares = torch.softmax(logits, dim=-1).mul_(_ONE).to(torch.int64)
+    shares = functional.pad(shares, (0, chunks * _CHUNK - vocab)).view(-1, chunks, _CHUNK)
     sums = shares.sum(dim=-1)
     ends = sums.cumsum(dim=-1)
     total = ends[:, -1]

@@ -18,10 +18,6 @@ from .host_copies import to_device
 from .penalties import TokenCounts
 from .request import SamplingParams
 
-# Rows with a top_k up to this need only so many candidates instead of a sorted vocabulary. Fixed,
-# because sums over another number of columns would round differently.
-CANDIDATES = 1024
-
 # In float32 a temperature of 1e-6 would overflow; such rows are greedy to rounding anyway.
 _MIN_TEMPERATURE = 1e-4
 # Factors that keep any finite logit finite.
@@ -55,13 +51,11 @@ class Filter:
         rows: int64 [n], places among the random rows.
         top_k: int64 [n], at least 1; the vocabulary's size for "off".
         top_p: float64 [n].
-        width: candidates that are looked at, likeliest first.
     """
 
     rows: torch.Tensor
     top_k: torch.Tensor
     top_p: torch.Tensor
-    width: int
 
 
 @dataclass
@@ -96,7 +90,7 @@ class SamplingBatch:
     uniform: torch.Tensor | None = None  # float64 [R] in [0, 1)
     min_p_rows: torch.Tensor | None = None  # int64 [n], places among the random rows
     log_min_p: torch.Tensor | None = None  # float32 [n]
-    filters: tuple[Filter, ...] = ()
+    filter: Filter | None = None
     logprob_rows: torch.Tensor | None = None  # int64 [L]
     shown: tuple[int, ...] = ()  # logprob_rows, on the host
     top: tuple[int, ...] = ()  # alternatives for each of them
@@ -111,22 +105,22 @@ class SamplingBatch:
         """
         arrays: dict[str, np.ndarray] = {}
         _add_edits(arrays, draws, vocab)
-        widths = _add_random(arrays, draws, vocab)
+        _add_random(arrays, draws, vocab)
         shown = tuple(i for i, d in enumerate(draws) if d.params.logprobs is not None)
         if shown:
             arrays["logprob_rows"] = _ints(shown)
         there = to_device(arrays, device)
 
-        def sparse(name: str) -> dict[str, torch.Tensor]:
+        def part(name: str) -> dict[str, torch.Tensor]:
             prefix = f"{name}/"
             return {k.removeprefix(prefix): v for k, v in there.items() if k.startswith(prefix)}
 
-        bias, penalties = sparse("bias"), sparse("penalties")
+        bias, penalties, filter_ = part("bias"), part("penalties"), part("filter")
         return cls(
             size=len(draws),
             bias=Sparse(**bias) if bias else None,
             penalties=Penalties(**penalties) if penalties else None,
-            filters=tuple(Filter(**sparse(name), width=width) for name, width in widths.items()),
+            filter=Filter(**filter_) if filter_ else None,
             shown=shown,
             top=tuple(draws[i].params.logprobs or 0 for i in shown),
             **{name: tensor for name, tensor in there.items() if "/" not in name},
@@ -181,11 +175,11 @@ def _penalties(
     return first + ids, np.full(len(ids), factor, np.float32), subtracted.astype(np.float32)
 
 
-def _add_random(arrays: dict[str, np.ndarray], draws: Sequence[Draw], vocab: int) -> dict[str, int]:
-    """What rows that aren't greedy need. Returns the filters' names and widths."""
+def _add_random(arrays: dict[str, np.ndarray], draws: Sequence[Draw], vocab: int) -> None:
+    """What rows that aren't greedy need."""
     rows = [i for i, d in enumerate(draws) if not d.greedy]
     if not rows:
-        return {}
+        return
     params = [draws[i].params for i in rows]
     temperature = np.array([p.temperature for p in params], dtype=np.float32)
     arrays["random_rows"] = _ints(rows)
@@ -195,19 +189,11 @@ def _add_random(arrays: dict[str, np.ndarray], draws: Sequence[Draw], vocab: int
     if floors:
         arrays["min_p_rows"] = _ints([j for j, _ in floors])
         arrays["log_min_p"] = np.log(np.array([v for _, v in floors])).astype(np.float32)
-    candidates = min(CANDIDATES, vocab)
-    few = [j for j, p in enumerate(params) if 0 < p.top_k <= candidates]
-    rest = [
-        j for j, p in enumerate(params) if p.top_k > candidates or (p.top_k == 0 and p.top_p < 1)
-    ]
-    widths = {}
-    for name, members, width in (("few", few, candidates), ("all", rest, vocab)):
-        if members:
-            widths[name] = width
-            arrays[f"{name}/rows"] = _ints(members)
-            arrays[f"{name}/top_k"] = _ints([min(params[j].top_k or vocab, vocab) for j in members])
-            arrays[f"{name}/top_p"] = np.array([params[j].top_p for j in members])
-    return widths
+    cut = [j for j, p in enumerate(params) if 0 < p.top_k < vocab or p.top_p < 1]
+    if cut:
+        arrays["filter/rows"] = _ints(cut)
+        arrays["filter/top_k"] = _ints([min(params[j].top_k or vocab, vocab) for j in cut])
+        arrays["filter/top_p"] = np.array([params[j].top_p for j in cut])
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:

@@ -4,6 +4,7 @@ from .add_rms_norm import add_rms_norm_
 from .align import align
 from .fused import FusedBackend
 from .hooked import HookedBackend
+from .least_kept import least_kept
 from .lora import lora_linear_
 from .paged_attention import paged_attention, write_kv
 from .qkv_prepare import qkv_prepare
@@ -21,6 +22,7 @@ __all__ = [
     "ShrinkTile",
     "add_rms_norm_",
     "align",
+    "least_kept",
     "lora_linear_",
     "paged_attention",
     "qkv_prepare",
