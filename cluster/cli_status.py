@@ -17,7 +17,7 @@ def show_status(client: Client, console: Console) -> None:
     """Prints what the controller knows; needs the admin key."""
     placement = client.call("GET", "/admin/v1/placement")
     tenants = {tenant["id"]: tenant["name"] for tenant in client.pages("/admin/v1/tenants")}
-    titles = ("group", "deployment", "running", "queued", "pool", "adapters", "state")
+    titles = ("group", "deployment", "running", "queued", "pool", "adapters", "weights", "state")
     print_table(console, titles, [_group(group) for group in placement["groups"]])
     console.print()
     if placement["adapters"]:
@@ -40,6 +40,7 @@ def _group(group: dict[str, Any]) -> tuple[object, ...]:
         group["queued"],
         f"{share}{total / 1e6:.0f} MB",
         len(group["resident"]),
+        f"{group['weights_bytes'] / 1e9:.1f} GB in {group['weights_seconds']:.1f} s",
         state,
     )
 

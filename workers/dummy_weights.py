@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,8 @@ class DummyCheckpoint:
 
     def __init__(self, dtype: torch.dtype, device: str):
         self._dtype, self._device = dtype, device
+        self._lock = threading.Lock()
+        self.read_bytes = 0
 
     def __contains__(self, name: str) -> bool:
         """True: of several layouts, the loader takes the one that it asks for first."""
@@ -41,6 +44,8 @@ class DummyCheckpoint:
         if out is None:
             sizes = [s.stop - s.start for s in slices]
             out = torch.empty(sizes, dtype=self._dtype, device=self._device)
+        with self._lock:
+            self.read_bytes += out.nbytes
         if name.endswith("norm.weight"):
             return out.fill_(1)
         key = f"{name}{[(s.start, s.stop) for s in slices]}"

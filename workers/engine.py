@@ -67,7 +67,11 @@ class Engine:
         self._flight: _Flight | None = None  # launched, not read
         self._early: list[TokenOutput] = []  # refusals made outside a step
         self._arrivals = 0
-        self._report = EngineReport()
+        self._report = EngineReport(
+            weights_bytes=self._runner.weights_bytes,
+            weights_seconds=self._runner.weights_seconds,
+            ready_seconds=self._runner.ready_seconds,
+        )
 
     def submit(self, request: GenerationRequest) -> None:
         """Queues a request. What is wrong with it comes as its output of the next step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -56,6 +57,9 @@ class RankActor:
         return os.getpid()
 
     def _run(self, rendezvous: str) -> None:
+        # To the worker's log file: Python drops what is less than a warning unless told otherwise.
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.getLogger(__package__).setLevel(logging.INFO)
         # The actor has no use without its rank, and a clean exit of the interpreter could wait
         # for ever for threads that hang in a collective.
         os._exit(run_rank(self._program, self._rank, rendezvous, self._link))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import time
 
 import torch
 
@@ -17,10 +19,15 @@ from .decode_graphs import CaptureReport, DecodeGraphs, DecodeRows
 from .dummy_weights import DummyCheckpoint
 from .host_copies import to_device
 from .models import load_model
+from .request import SamplingParams
+from .sampler import sample
+from .sampling_batch import Draw, SamplingBatch
 from .shard import Shard
 from .step import SequenceStep, Step
 from .step_inputs import StepInputs
 from .weights import Checkpoint
+
+log = logging.getLogger(__name__)
 
 _GPU_RANK_MULTIPLE = 8  # 16 bytes of a half-precision factor
 
@@ -29,6 +36,7 @@ class ModelRunner:
     """Everything on a rank's device. The same on all ranks; rank 0 also takes logits."""
 
     def __init__(self, config: EngineConfig, comm: Comm):
+        started = time.perf_counter()
         if config.torch_threads:
             torch.set_num_threads(config.torch_threads)
         model = config.model
@@ -69,6 +77,7 @@ class ModelRunner:
                 source = files.enter_context(
                     Checkpoint(config.model_path, self.dtype, config.device)
                 )
+            loading = time.perf_counter()
             self.model = load_model(
                 model,
                 shard,
@@ -78,6 +87,8 @@ class ModelRunner:
                 config.context_length,
                 self.device,
             )
+            self.weights_seconds = time.perf_counter() - loading
+            self.weights_bytes = source.read_bytes
         # Until every rank has loaded: the first step would wait for the slowest, and count as hung.
         comm.all_reduce(torch.zeros(1, device=self.device))
         self.graphs: DecodeGraphs | None = None  # None: decode steps run as others do
@@ -85,10 +96,21 @@ class ModelRunner:
         self.compiles = CompileWatch()
         if on_gpu:
             self.warm_up()
+            self._warm_up_sampling()
             if config.cuda_graphs:
                 self.graphs = self.decode_graphs()
                 self.captured = self.graphs.capture()
             self.compiles.start()
+        self.ready_seconds = time.perf_counter() - started
+        log.info(
+            "rank %d: weights: %.2f GB %s in %.1f s, %.2f GB/s; ready in %.1f s",
+            comm.rank,
+            self.weights_bytes / 1e9,
+            "made" if config.load_format == "dummy" else "read",
+            self.weights_seconds,
+            self.weights_bytes / 1e9 / self.weights_seconds,
+            self.ready_seconds,
+        )
 
     def warm_up(self) -> None:
         """Runs steps of all kinds and sizes, so that no request waits while a kernel is compiled.
@@ -108,6 +130,14 @@ class ModelRunner:
         blocks = list(range(last // self._config.block_size + 1))
         self.run(Step([SequenceStep([0], last, blocks, -1, 0)]))
         self.cache.clear()
+
+    def _warm_up_sampling(self) -> None:
+        if self._comm.rank != 0:
+            return
+        logits = self.run(Step(self._sequences_of(1, -1)))
+        params = SamplingParams(temperature=1.0, top_k=20, top_p=0.9, min_p=0.1, logprobs=1)
+        batch = SamplingBatch.build([Draw(params, 0)], logits.shape[1], self.device)
+        sample(logits, batch).to_host()
 
     def decode_graphs(self) -> DecodeGraphs:
         """Fixed buffers for decode steps, nothing captured yet."""

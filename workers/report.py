@@ -14,6 +14,9 @@ class EngineReport:
     counted under "tenant/base".
     """
 
+    weights_bytes: int = 0  # of the model, read by rank 0
+    weights_seconds: float = 0.0
+    ready_seconds: float = 0.0  # from rank 0's start to the end of its warm-up
     queued: int = 0
     running: int = 0
     steps: int = 0

@@ -20,6 +20,8 @@ _SCRATCH_BYTES = 32 << 20  # for one thread; an expert's projection has a few MB
 class TensorSource(Protocol):
     """Where the loader takes a rank's weights from."""
 
+    read_bytes: int  # of all that `get` gave so far, before it was cast
+
     def __contains__(self, name: str, /) -> bool: ...
 
     def get(

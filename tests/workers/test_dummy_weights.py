@@ -89,7 +89,12 @@ def test_an_engine_serves_it_with_adapters_and_says_the_same_each_time(tiny, run
         config = EngineConfig(str(folder), load_format="dummy", pool_bytes=8 << 20, kv_tokens=2048)
         engine = Engine(config, model.packs)
         answers.append(run(engine, requests))
+        report = engine.report()
         engine.close()
+        held = loaded(folder, DummyCheckpoint(torch.float32, "cpu")).items()
+        made = sum(t.nbytes for name, t in held if not name.startswith((".rope", ".moe.local")))
+        assert report.weights_bytes == made
+        assert report.ready_seconds > report.weights_seconds > 0
     first, second = ({k: (r.tokens, r.logprobs) for k, r in a.items()} for a in answers)
     assert first == second
     assert all(r.last.error is None and len(r.tokens) == 12 for r in answers[0].values())
