@@ -51,6 +51,14 @@ class Comm:
             dist.broadcast(x, src=0, group=self._reduce)
         return x
 
+    def smallest(self, values: list[int]) -> list[int]:
+        """The smallest that any rank has, of each."""
+        if self.size == 1:
+            return values
+        found = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self._control)
+        return found.tolist()
+
     def broadcast_message(self, message: Any = None) -> Any:
         """Rank 0's message, on every rank. Anything msgpack takes (lists come back as lists)."""
         if self.size == 1:

@@ -47,9 +47,9 @@ class Engine:
             packs: where the packs of adapters come from.
             comm: rank 0's; made from the config when None.
         """
-        self.config = config
         self._comm = comm or Comm(0, config.tp_size, config.rendezvous, config.device)
         self._runner = ModelRunner(config, self._comm)
+        self.config = config = self._runner.config  # with the sizes that were derived
         self._packs = packs
         self._fetcher = PackFetcher(packs, config.load_threads)
         self._kv = KVBlocks(self._runner.kv_blocks, config.block_size)
@@ -112,8 +112,18 @@ class Engine:
         Without overlap that is the same step. Empty when everything still loads.
         """
         outputs, self._early = self._early, []
-        self._residency.prefetch()
+        idle = self._flight is None
+        outputs += self._advance()
+        if idle and self._flight is not None:
+            # Nothing was read yet: go on at once, or the caller would take this for an idle step.
+            outputs += self._advance()
+        return outputs
+
+    def _advance(self) -> list[TokenOutput]:
+        """Launches a step if there is one, and collects the one before it."""
         started = time.perf_counter()
+        self._residency.prefetch()
+        outputs: list[TokenOutput] = []
         before, self._flight = self._flight, None
         if before is not None and self._scheduler.may_preempt():
             outputs += self._collect(before)

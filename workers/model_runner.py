@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from dataclasses import replace
 
 import torch
 
@@ -17,7 +18,9 @@ from .compile_watch import CompileWatch
 from .config import EngineConfig
 from .decode_graphs import CaptureReport, DecodeGraphs, DecodeRows
 from .dummy_weights import DummyCheckpoint
+from .errors import WorkerError
 from .host_copies import to_device
+from .memory import Sizes, log_sizes, measure, share_out
 from .models import load_model
 from .request import SamplingParams
 from .sampler import sample
@@ -29,6 +32,7 @@ from .weights import Checkpoint
 
 log = logging.getLogger(__name__)
 
+_PROBE_POOL_BYTES = 1 << 20
 _GPU_RANK_MULTIPLE = 8  # 16 bytes of a half-precision factor
 
 
@@ -46,28 +50,8 @@ class ModelRunner:
             # cuDNN makes a new plan for every shape, and the shapes change from step to step.
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.dtype = getattr(torch, config.dtype)
-        self._config, self._comm = config, comm
-        shard = Shard(model, comm.rank, comm.size, config.ep_size)
-        self.kv_blocks = config.kv_tokens // config.block_size
-        self.cache = PagedKVCache(
-            model.num_layers,
-            self.kv_blocks,
-            config.block_size,
-            shard.kv_heads,
-            model.head_dim,
-            self.dtype,
-            self.device,
-        )
-        self.pool = AdapterPool(
-            model,
-            shard,
-            config.pool_bytes,
-            self.dtype,
-            self.device,
-            config.max_slots,
-            max_rank=config.max_lora_rank if on_gpu else MAX_RANK,
-            rank_multiple=_GPU_RANK_MULTIPLE if on_gpu else 1,
-        )
+        self.config, self._comm = config, comm
+        self._shard = shard = Shard(model, comm.rank, comm.size, config.ep_size)
         # The ids that the last step sampled, for tokens that the host hasn't read.
         self._sampled = torch.zeros(config.max_running, dtype=torch.int32, device=self.device)
         with contextlib.ExitStack() as files:
@@ -89,14 +73,18 @@ class ModelRunner:
             )
             self.weights_seconds = time.perf_counter() - loading
             self.weights_bytes = source.read_bytes
-        # Until every rank has loaded: the first step would wait for the slowest, and count as hung.
-        comm.all_reduce(torch.zeros(1, device=self.device))
         self.graphs: DecodeGraphs | None = None  # None: decode steps run as others do
         self.captured: CaptureReport | None = None
         self.compiles = CompileWatch()
+        if config.kv_tokens is None or config.pool_bytes is None:
+            sizes = self._derived_sizes()
+            self.config = replace(config, kv_tokens=sizes.kv_tokens, pool_bytes=sizes.pool_bytes)
+        self._make_memory(self.config)
+        # Until every rank has loaded: the first step would wait for the slowest, and count as hung.
+        comm.all_reduce(torch.zeros(1, device=self.device))
         if on_gpu:
-            self.warm_up()
             self._warm_up_sampling()
+            self.warm_up()
             if config.cuda_graphs:
                 self.graphs = self.decode_graphs()
                 self.captured = self.graphs.capture()
@@ -112,6 +100,63 @@ class ModelRunner:
             self.ready_seconds,
         )
 
+    def _make_memory(self, config: EngineConfig) -> None:
+        """KV cache and adapter pool of the sizes that `config` says."""
+        assert config.kv_tokens is not None
+        assert config.pool_bytes is not None
+        model, on_gpu = config.model, self.device.type == "cuda"
+        self.kv_blocks = config.kv_tokens // config.block_size
+        self.cache = PagedKVCache(
+            model.num_layers,
+            self.kv_blocks,
+            config.block_size,
+            self._shard.kv_heads,
+            model.head_dim,
+            self.dtype,
+            self.device,
+        )
+        self.pool = AdapterPool(
+            model,
+            self._shard,
+            config.pool_bytes,
+            self.dtype,
+            self.device,
+            config.max_slots,
+            max_rank=config.max_lora_rank if on_gpu else MAX_RANK,
+            rank_multiple=_GPU_RANK_MULTIPLE if on_gpu else 1,
+        )
+
+    def _derived_sizes(self) -> Sizes:
+        """Of KV cache and pool, the same on all ranks: those that the smallest has room for."""
+        config, block = self.config, self.config.block_size
+        if self.device.type != "cuda":
+            raise WorkerError(
+                "kv_tokens and pool_bytes are derived on a GPU only; give both for a CPU"
+            )
+        # Just enough to run the largest step.
+        kv_tokens = -(-config.max_batch_tokens // block) * block
+        self._make_memory(replace(config, kv_tokens=kv_tokens, pool_bytes=_PROBE_POOL_BYTES))
+        kv_bytes = self.cache.k.nbytes + (0 if self.cache.latent else self.cache.v.nbytes)
+
+        def largest_step() -> None:
+            for slot, adapters in ((-1, None), (0, TUNED_ADAPTERS[-1])):
+                self.run(Step(self._sequences_of(config.max_batch_tokens, slot)), adapters)
+
+        usage = measure(self.device, largest_step, kv_bytes + self.pool.buffer.nbytes)
+        sizes = share_out(
+            usage.left(config.memory_fraction),
+            kv_bytes // kv_tokens,
+            block,
+            config.kv_tokens,
+            config.pool_bytes,
+            config.adapter_fraction,
+        )
+        sizes = Sizes(*self._comm.smallest([sizes.kv_tokens, sizes.pool_bytes]))
+        log_sizes(usage, sizes, config.memory_fraction)
+        del self.cache, self.pool
+        torch.cuda.empty_cache()
+        return sizes
+
     def warm_up(self) -> None:
         """Runs steps of all kinds and sizes, so that no request waits while a kernel is compiled.
 
@@ -119,7 +164,7 @@ class ModelRunner:
         and on tiles that change between two powers of two. All ranks must come here at the same
         point, before the first step: every sequence writes to the same blocks.
         """
-        largest = self._config.max_batch_tokens
+        largest = self.config.max_batch_tokens
         sizes = {m << k for k in range(largest.bit_length()) for m in (1, 3)}
         sizes |= {n + 1 for n in sizes} | {largest}
         for tokens in sorted(n for n in sizes if n <= largest):
@@ -127,7 +172,7 @@ class ModelRunner:
             for adapters in TUNED_ADAPTERS:  # slot 0 is empty: kernels run and find nothing to add
                 self.run(Step(self._sequences_of(tokens, 0)), adapters)
         last = self._longest - 1  # the keys of one long sequence are shared among programs
-        blocks = list(range(last // self._config.block_size + 1))
+        blocks = list(range(last // self.config.block_size + 1))
         self.run(Step([SequenceStep([0], last, blocks, -1, 0)]))
         self.cache.clear()
 
@@ -141,7 +186,7 @@ class ModelRunner:
 
     def decode_graphs(self) -> DecodeGraphs:
         """Fixed buffers for decode steps, nothing captured yet."""
-        config = self._config
+        config = self.config
         return DecodeGraphs(
             self._decode, config.max_running, self._longest, config.block_size, self.device
         )
@@ -149,10 +194,10 @@ class ModelRunner:
     @property
     def _longest(self) -> int:
         """Most tokens of a sequence."""
-        return min(self._config.context_length, self.kv_blocks * self._config.block_size)
+        return min(self.config.context_length, self.kv_blocks * self.config.block_size)
 
     def _sequences_of(self, tokens: int, slot: int) -> list[SequenceStep]:
-        size = self._config.block_size
+        size = self.config.block_size
         sequences = []
         while tokens > 0:
             n = min(tokens, self._longest)
@@ -206,7 +251,7 @@ class ModelRunner:
         return self.model.forward(
             token_ids,
             there["positions"],
-            plan_attention(step.sequences, self._config.block_size, self.device),
+            plan_attention(step.sequences, self.config.block_size, self.device),
             self.cache,
             self.pool,
             lora,
