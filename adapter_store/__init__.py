@@ -94,6 +94,7 @@ from .errors import (
     UploadNotFound,
 )
 from .layout import quarantine_keys
+from .model_source import ModelSource
 from .object_store import ObjectInfo, ObjectStore
 from .publisher import Publisher
 from .quarantine import UploadSizes, discard_upload, stage_upload
@@ -124,6 +125,7 @@ __all__ += [
     "KeyRecord",
     "LimitExceeded",
     "LocalDiskError",
+    "ModelSource",
     "NameTaken",
     "NotFound",
     "ObjectInfo",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import random
 import threading
 import time
@@ -37,6 +38,7 @@ DELETE_THREADS = 8
 # Larger files travel in parts of this size, several at a time.
 PART_BYTES = 8 << 20
 PART_THREADS = 4
+CHUNK_BYTES = 1 << 20  # of a range, taken from the connection at a time
 
 _session_lock = threading.Lock()  # sessions, unlike clients, belong to one thread at a time
 
@@ -196,6 +198,31 @@ class ObjectStore:
             transfer.download_file(self.bucket, self._prefix + key, str(path))
         return path.stat().st_size
 
+    def read_range(self, key: str, etag: str, start: int, length: int, fd: int) -> None:
+        """Writes a part of an object to the same place in an open file.
+
+        Raises:
+            NotFound. PreconditionFailed: the object has another ETag by now.
+            OSError: the file can't be written.
+        """
+
+        def read() -> None:
+            body = self._client.get_object(
+                Bucket=self.bucket,
+                Key=self._prefix + key,
+                Range=f"bytes={start}-{start + length - 1}",
+                IfMatch=etag,
+            )["Body"]
+            at = start
+            for data in body.iter_chunks(CHUNK_BYTES):
+                _write_at(fd, data, at)
+                at += len(data)
+            if at != start + length:
+                raise HTTPError(f"{at - start} bytes of {key} came where {length} were asked for")
+
+        with self._translated("read", key):
+            _retried(read)
+
     def upload(self, path: Path, key: str) -> None:
         """Writes a file to an object, in one step also when it travels in parts."""
         with self._translated("write", key), self._transfer() as transfer:
@@ -276,6 +303,13 @@ class ObjectStore:
         except (BotoCoreError, ClientError, Boto3Error, HTTPError) as error:
             server = self.endpoint or "AWS"
             raise translate(error, action, self._where(key), server, self.bucket) from error
+
+
+def _write_at(fd: int, data: bytes, at: int) -> None:
+    view = memoryview(data)
+    while view:
+        n = os.pwrite(fd, view, at)
+        view, at = view[n:], at + n
 
 
 def _make_client(**options: Any) -> Any:

@@ -101,9 +101,11 @@ def up(
 @app.command()
 def serve(
     model: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Folder of a Hugging Face model [LORAPLEX_MODEL_PATH]", show_default=False
+            help="Folder of a Hugging Face model, s3://bucket/prefix, or a repository in the "
+            "Hugging Face cache (org/name, org/name@revision) [LORAPLEX_MODEL_PATH]",
+            show_default=False,
         ),
     ] = None,
     store: Annotated[

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter_store import BaseModel
+from ..adapter_store import BaseModel, ModelSource
 from .errors import SettingsError
+from .model import model_source
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -23,13 +24,16 @@ class RankProgram:
     """Picklable; torch is imported where it runs.
 
     Args:
-        config: without the rendezvous, which each group has its own of.
+        config: without the rendezvous, which each group has its own of, and with the model's path
+            on another machine.
+        model: where the model comes from.
         store: arguments of `ObjectStore`.
         disk_dir: folder of the node's packs.
         disk_bytes: how much of it packs may fill.
     """
 
     config: EngineConfig
+    model: ModelSource
     store: dict[str, Any] = field(repr=False)
     disk_dir: Path
     disk_bytes: int
@@ -39,33 +43,38 @@ class RankProgram:
         from ..workers import Engine
 
         packs = DiskTier(self.disk_dir, ObjectStore(**self.store), self.disk_bytes)
-        return Engine(replace(self.config, rendezvous=rendezvous), packs)
+        return Engine(self._config(rendezvous), packs)
 
     def follow(self, rank: int, rendezvous: str) -> None:
         from ..workers import run_follower
 
-        run_follower(replace(self.config, rendezvous=rendezvous), rank)
+        run_follower(self._config(rendezvous), rank)
+
+    def _config(self, rendezvous: str) -> EngineConfig:
+        return replace(self.config, rendezvous=rendezvous, model_path=str(self.model.folder()))
 
 
 def rank_program(settings: Settings, base: BaseModel, threads: int) -> RankProgram:
     """
     Args:
-        settings: with the model's path and a device other than "auto".
-        base: the model at that path.
+        settings: with the model and a device other than "auto".
+        base: that model.
         threads: of torch in one rank.
 
     Raises:
         SettingsError: the model or the device is still open.
+        AdapterStoreError: the model isn't there.
     """
     from ..workers import EngineConfig
 
-    if settings.model_path is None or settings.device == "auto":
-        raise SettingsError("model_path and device must be settled before the groups start")
+    if settings.device == "auto":
+        raise SettingsError("the device must be settled before the groups start")
+    model = model_source(settings)
     values: dict[str, Any] = {}
     if settings.max_context is not None:
         values["max_model_len"] = settings.max_context
     config = EngineConfig(
-        model_path=str(settings.model_path),
+        model_path=str(model.folder()),
         load_format=settings.load_format,
         dtype=dtype_of(settings),
         device=settings.device,
@@ -81,7 +90,7 @@ def rank_program(settings: Settings, base: BaseModel, threads: int) -> RankProgr
         **values,
     )
     return RankProgram(
-        config, settings.store_options(), settings.disk_dir, settings.disk_cache_bytes
+        config, model, settings.store_options(), settings.disk_dir, settings.disk_cache_bytes
     )
 
 
@@ -91,13 +100,13 @@ def dtype_of(settings: Settings) -> str:
         return settings.dtype
     if settings.device != "cuda":
         return "float32"
-    return _checkpoint_dtype(settings.model_path) or "bfloat16"
+    return _checkpoint_dtype(model_source(settings).folder()) or "bfloat16"
 
 
-def _checkpoint_dtype(folder: Path | None) -> str | None:
+def _checkpoint_dtype(folder: Path) -> str | None:
     """What config.json says of the weights' numbers; None when it says nothing that is served."""
     try:
-        config = json.loads((folder / "config.json").read_text()) if folder else {}
+        config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return None  # whoever loads the model says what is wrong with it
     for name in ("dtype", "torch_dtype"):  # the second is what transformers 4 wrote

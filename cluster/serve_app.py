@@ -9,12 +9,11 @@ import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
-from ..adapter_store import BaseModel
 from .control.actor import start_controller
-from .errors import SettingsError
 from .gateway.deployment import GATEWAY_CPUS, Gateway
 from .ingest import start_ingest
 from .limiter_actor import start_limiter
+from .model import base_model
 from .rank_program import rank_program
 from .settings import Settings
 from .worker_group import WorkerGroupConfig, worker_group_app
@@ -28,17 +27,6 @@ FRONT_CPUS = 0.1
 # Streams that are open when the service stops.
 DRAIN_S = 2.0
 _ACTOR_START_S = 60.0
-
-
-def base_model(settings: Settings) -> BaseModel:
-    """Raises SettingsError without a model, BaseModelError when its folder is wrong."""
-    if settings.model_path is None:
-        raise SettingsError("model_path is not set: name the base model's folder")
-    return BaseModel.from_folder(
-        settings.model_path,
-        settings.served_model_name,
-        dummy_weights=settings.load_format == "dummy",
-    )
 
 
 def rank_threads(settings: Settings) -> int:

@@ -52,7 +52,15 @@ class Settings(BaseSettings):
     cluster_secret_file: Path | None = Field(None, description="default: DATA_DIR/cluster.secret")
 
     # The model.
-    model_path: Path | None = Field(None, description="Hugging Face folder of the base model")
+    model_path: str | None = Field(
+        None, description="base model: a folder, s3://bucket/prefix, or a repository in HF_HOME"
+    )
+    model_version: str | None = Field(
+        None, description="its exact files; found when a service starts"
+    )
+    model_endpoint: str | None = Field(None, description="S3 endpoint of the model; none: AWS")
+    model_access_key: str | None = Field(None, description="none: boto3's own search")
+    model_secret_key: SecretStr | None = Field(None)
     load_format: Literal["auto", "dummy"] = Field(
         "auto", description="dummy: random weights; the model's folder needs no weight files"
     )
@@ -137,7 +145,12 @@ class Settings(BaseSettings):
             raise ValueError(f"must divide tp = {tp}")
         return value
 
-    @field_validator("store_endpoint", "store_public_endpoint")
+    @field_validator("model_path", mode="before")
+    @classmethod
+    def _take_path(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    @field_validator("store_endpoint", "store_public_endpoint", "model_endpoint")
     @classmethod
     def _check_endpoint(cls, value: str | None) -> str | None:
         if value is not None:
@@ -190,6 +203,11 @@ class Settings(BaseSettings):
     def disk_dir(self) -> Path:
         """Folder of the disk tier: packs that any group of this node may read."""
         return self.data_dir / "packs"
+
+    @property
+    def model_cache_dir(self) -> Path:
+        """Folder of models that come from S3."""
+        return self.data_dir / "models"
 
     @property
     def scratch_dir(self) -> Path:

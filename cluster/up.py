@@ -14,6 +14,7 @@ from ..adapter_store import BaseModel, Catalogue, ObjectStore
 from . import up_checks
 from .cli_tables import print_table
 from .local_run import LocalRun, Stopped
+from .model import model_source
 from .rank_program import DTYPE_BYTES, dtype_of
 from .settings import Settings
 from .up_demo import Demo, DemoAdapter, DemoTenant, seed
@@ -31,11 +32,12 @@ def up(settings: Settings, console: Console) -> None:
     demo = Demo.find(settings.demo_dir)
     given = settings.model_fields_set  # every field counts as given in a changed copy
     settings = up_checks.choose_device(settings.changed(model_path=demo.model))
+    steps = Steps(console)
     values: dict[str, Any] = {"served_model_name": settings.served_model_name or demo.base_name}
     if "pool_bytes" not in given:
         values["pool_bytes"] = demo.pool_bytes(DTYPE_BYTES[dtype_of(settings)], settings.groups)
     settings = settings.changed(**values)
-    with _Run(settings, console, demo.model) as run:
+    with _Run(settings, steps, demo.model) as run:
         run.start_store()
         admin_key = _admin_key(run, keep=True)
         assert admin_key is not None
@@ -59,12 +61,14 @@ def serve(settings: Settings, console: Console, rotate_admin_key: bool = False) 
     if settings.model_path is None:
         raise up_checks.CheckError(
             "no model is given: --model or LORAPLEX_MODEL_PATH names the folder of a Hugging Face "
-            "model. `loraplex up` serves the demo"
+            "model, its s3:// URL, or a repository in the Hugging Face cache. `loraplex up` serves "
+            "the demo"
         )
-    model = settings.model_path.resolve()
     own_store = not settings.model_fields_set & {"store_url", "store_endpoint"}
-    settings = up_checks.choose_device(settings.changed(model_path=model))
-    with _Run(settings, console, model) as run:
+    steps = Steps(console)
+    settings, model = _fetch_model(settings, steps)
+    settings = up_checks.choose_device(settings)
+    with _Run(settings, steps, model) as run:
         if own_store:
             run.start_store()
         else:
@@ -72,7 +76,8 @@ def serve(settings: Settings, console: Console, rotate_admin_key: bool = False) 
         admin_key = _admin_key(run, keep=own_store, rotate=rotate_admin_key)
         run.start_ray()
         run.start_service()
-        console.print(f"\n[bold]Loraplex serves {escape(model.name)} at {run.url}[/bold]")
+        name = settings.served_model_name
+        console.print(f"\n[bold]Loraplex serves {escape(str(name))} at {run.url}[/bold]")
         _show_admin_key(console, run, admin_key, kept=own_store)
         console.print("Ctrl-C stops it.", highlight=False)
         run.wait()
@@ -81,8 +86,8 @@ def serve(settings: Settings, console: Console, rotate_admin_key: bool = False) 
 class _Run(LocalRun):
     """A LocalRun that has made its checks, and for which being asked to stop is no error."""
 
-    def __init__(self, settings: Settings, console: Console, model: Path):
-        super().__init__(settings, Steps(console))
+    def __init__(self, settings: Settings, steps: Steps, model: Path):
+        super().__init__(settings, steps)
         up_checks.check_port(settings.host, settings.port)
         dummy = settings.load_format == "dummy"
         up_checks.check_model_folder(model, weights=not dummy)
@@ -100,6 +105,30 @@ class _Run(LocalRun):
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> bool:
         super().__exit__(kind, *rest)
         return kind is Stopped
+
+
+def _fetch_model(settings: Settings, steps: Steps) -> tuple[Settings, Path]:
+    """Brings the model to this machine; the settings that name it exactly, and its folder."""
+    settings = settings.changed(data_dir=Path(os.path.abspath(settings.data_dir)))
+    source = model_source(settings)
+    with steps.step("model") as note:
+        seen = 0
+
+        def show(done: int, total: int) -> None:
+            nonlocal seen
+            seen = total
+            note(f"{done / 1e9:.1f} of {total / 1e9:.1f} GB")
+
+        folder = source.folder(show)
+        note(f"{seen / 1e9:.1f} GB from {source.name}" if seen else str(folder))
+    version = source.pinned(folder)
+    values: dict[str, Any] = {
+        "model_path": source.name if version else folder,
+        "served_model_name": settings.served_model_name or source.base_name,
+    }
+    if version:
+        values["model_version"] = version
+    return settings.changed(**values), folder
 
 
 def _check_store(run: LocalRun) -> None:

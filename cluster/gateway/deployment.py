@@ -12,14 +12,15 @@ from functools import partial
 from fastapi import FastAPI
 from ray import serve
 
-from ...adapter_store import BaseModel, Catalogue, ObjectStore
+from ...adapter_store import Catalogue, ObjectStore
 from ..actor_clients import ControlClient, IngestClient, LimiterClient
 from ..control import GroupEntry, RoutingTable
 from ..dispatch import Dispatcher
-from ..errors import ActorUnavailable, SettingsError
+from ..errors import ActorUnavailable
 from ..ingest import make_uploads
 from ..leases import LocalLeases
 from ..metrics import GatewayMetrics, MetricsServer, Target, new_registry, serve_metrics
+from ..model import base_model, model_source
 from ..replica_address import listen_on_node_address
 from ..routing import decide
 from ..settings import Settings
@@ -50,8 +51,7 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         listen_on_node_address()
-        if settings.model_path is None:
-            raise SettingsError("model_path is not set: name the base model's folder")
+        model = model_source(settings)
         self._registry = new_registry()
         self._metrics = GatewayMetrics(self._registry)
         control = ControlClient()
@@ -64,12 +64,8 @@ class Gateway:
             settings=settings,
             catalogue=Catalogue(store),
             uploads=make_uploads(settings, store),
-            tokenizer=TextTokenizer.from_folder(settings.model_path),
-            base_model=BaseModel.from_folder(
-                settings.model_path,
-                settings.served_model_name,
-                dummy_weights=settings.load_format == "dummy",
-            ),
+            tokenizer=TextTokenizer.from_folder(model.folder()),
+            base_model=base_model(settings),
             dispatcher=self._dispatcher,
             ingest=IngestClient(),
             limits=leases,

@@ -1,7 +1,8 @@
 """A group without a model: deterministic tokens, real sockets, real processes.
 
-Run as a script it is one rank (`rank HOST PORT SECRET RANK STEP_S`) or a whole group, a front with
-its rank (`group NAME SECRET STEP_S`), which prints "PORT RANK_PID" once it is ready.
+Run as a script it is one rank (`rank HOST PORT SECRET RANK STEP_S FAIL`), one of two whose steps
+are collectives (`collective HOST PORT SECRET RANK RENDEZVOUS`), or a whole group, a front with its
+rank (`group NAME SECRET STEP_S`), which prints "PORT RANK_PID" once it is ready.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 import zlib
 from array import array
 from dataclasses import dataclass
+from typing import Any
 
 from loraplex.workers import (
     AdapterRef,
@@ -29,7 +31,7 @@ from loraplex.workers import (
 
 VOCABULARY = 4096
 # Prompts that start with one of these make the engine misbehave.
-RAISE, DIE, HANG, SPIN, STOP = 9001, 9002, 9003, 9004, 9005
+RAISE, DIE, HANG, SPIN, STOP, ABSENT = 9001, 9002, 9003, 9004, 9005, 9006
 
 
 def state_of(seed: int, tokens: tuple[int, ...] | list[int], state: int = 0) -> int:
@@ -127,6 +129,42 @@ class FakeProgram:
         time.sleep(3600)
 
 
+def _join(rank: int, rendezvous: str) -> tuple[Any, Any]:
+    """The ranks' collectives, and a tensor for them. The other programs need no torch."""
+    import torch
+    from loraplex.workers.comm import Comm
+
+    return Comm(rank, 2, rendezvous), torch.ones(1)
+
+
+class CollectiveEngine(FakeEngine):
+    """Every step takes both ranks."""
+
+    def __init__(self, rendezvous: str):
+        super().__init__(0.01)
+        self._comm, self._one = _join(0, rendezvous)
+
+    def step(self) -> list[TokenOutput]:
+        prompts = [request.prompt_ids[0] for request, _, _ in self._running.values()]
+        self._comm.broadcast_message(prompts)
+        self._comm.all_reduce(self._one)
+        return super().step()
+
+
+class CollectiveProgram(FakeProgram):
+    """The follower takes part in every step but those with a prompt that begins with ABSENT."""
+
+    def build(self, rendezvous: str) -> FakeEngine:
+        return CollectiveEngine(rendezvous)
+
+    def follow(self, rank: int, rendezvous: str) -> None:
+        comm, one = _join(rank, rendezvous)
+        while ABSENT not in comm.broadcast_message():
+            comm.all_reduce(one)
+        while True:
+            pass
+
+
 class Unreadable(FakeProgram):
     """Can't be unpickled in the rank's process."""
 
@@ -139,6 +177,10 @@ def start_rank(
 ) -> subprocess.Popen[str]:
     args = ["rank", link.host, link.port, link.secret.hex(), rank, step_s, fail]
     return _start(args)
+
+
+def start_collective_rank(link: LinkAddress, rank: int, rendezvous: str) -> subprocess.Popen[str]:
+    return _start(["collective", link.host, link.port, link.secret.hex(), rank, rendezvous])
 
 
 def start_group(name: str, secret: bytes, step_s: float = 0.0) -> subprocess.Popen[str]:
@@ -164,8 +206,11 @@ def main(kind: str, *args: str) -> int:
         name, secret, step_s = args
         asyncio.run(_serve_group(name, bytes.fromhex(secret), float(step_s)))
         return 0
-    host, port, secret, rank, step_s, fail = args
+    host, port, secret, rank, *rest = args
     link = LinkAddress(host, int(port), bytes.fromhex(secret))
+    if kind == "collective":
+        return run_rank(CollectiveProgram(), int(rank), rest[0], link)
+    step_s, fail = rest
     return run_rank(FakeProgram(float(step_s), fail), int(rank), "tcp://127.0.0.1:1", link)
 
 

@@ -127,6 +127,7 @@ def test_a_rank_loads_the_weights_of_its_experts(tiny, layout):
             assert torch.equal(moe.experts.w2, layer.moe.experts.w2[experts, :, rows])
             ids = [-1] * EXPERTS
             ids[experts] = range(EXPERTS // 2)
+            assert moe.local_ids is not None
             assert moe.local_ids.tolist() == ids
 
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -105,6 +106,12 @@ async def group(step_s=0.0, ranks=1, fail="", wait=True, **config):
         for process in processes:
             process.kill()
             process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 async def until(condition, timeout_s=10.0) -> None:
@@ -322,6 +329,28 @@ async def test_a_stopped_rank_fails_the_group_and_ends_its_processes(rank):
         assert client.final["r"]["error_code"] == "group_failed"
         assert f"the process of rank {rank} has sent nothing for" in client.final["r"]["error"]
         assert [process.wait(5) for process in ranks] == [-signal.SIGKILL] * 2
+
+
+async def test_a_collective_that_a_rank_doesnt_come_to_fails_the_group():
+    front = GroupFront(FrontConfig("g", SECRET, ranks=2, step_timeout_s=1.5))
+    await front.start()
+    rendezvous = f"tcp://127.0.0.1:{free_port()}"
+    ranks = [fake.start_collective_rank(front.rank_link, rank, rendezvous) for rank in range(2)]
+    try:
+        await front.wait_ready(30)
+        client = await Client.connect(front.port)
+        client.submit("r", max_tokens=20)
+        await client.finish("r")
+        assert client.tokens["r"] == fake.expected_tokens((1, 2), 20)
+        client.submit("stuck", (fake.ABSENT,))
+        await client.finish("stuck")
+        assert "it hangs, or waits for another rank that does" in client.final["stuck"]["error"]
+        assert [rank.wait(5) for rank in ranks] == [-signal.SIGKILL] * 2
+    finally:
+        await front.close()
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
 
 
 async def test_slow_steps_idle_time_and_a_front_that_was_held_up_are_no_hang():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,9 +18,9 @@ from . import mixtral, olmoe, qwen2_moe, qwen3_moe
 from .decoder import Decoder, DecoderLayer
 from .loading import Loader
 
-# Layers read at a time: one alone would wait for the disk between its reads. Each holds about a
-# layer's bytes on the host.
-LOAD_THREADS = 4
+# Layers read at a time: one alone would wait for the disk between its reads; more than there are
+# cores would wait for each other.
+LOAD_THREADS = min(8, len(os.sched_getaffinity(0)))
 
 # `ModelConfig` refuses every other type, before a weight is read.
 LAYERS: Mapping[str, Callable[[Loader, int], DecoderLayer]] = {
