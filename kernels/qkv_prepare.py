@@ -44,7 +44,7 @@ def qkv_prepare(
     if heads < 1 or width % d or d % 2 or v_cache.shape[3] != d:
         raise ValueError(
             f"qkv must have (heads + 2 * {kv_heads}) * {d} columns with {d} even, for values of "
-            f"{d} columns, got {width} columns and values of {v_cache.shape[3]}"
+            f"{d} columns, got {width} columns, and values of {v_cache.shape[3]}"
         )
     check("qkv", qkv, shape=(None, None), dtype=k_cache.dtype, device=k_cache.device)
     if qkv.stride(1) != 1:

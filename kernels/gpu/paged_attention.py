@@ -75,7 +75,7 @@ def decode_tile(shape: HeadShape, itemsize: int) -> AttentionTile:
 def prefill_tile(shape: HeadShape, itemsize: int) -> AttentionTile:
     """Tile for chunks of a prompt."""
     if itemsize > 2:
-        return AttentionTile(16 if shape.d > 256 else 32, 16 if shape.d > 128 else 32, 4, 3)
+        return AttentionTile(16, 16 if shape.d > 128 else 32, 4, 3)
     if shape.d > 256:
         return AttentionTile(64, 32, 8, 3)
     if max(shape.d, shape.dvp) > 192:
