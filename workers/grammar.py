@@ -146,12 +146,13 @@ def _executor() -> LLExecutor:
 
 @cache
 def _limits() -> LLParserLimits:
-    """Bounds on what one grammar may cost: a compilation takes some 10 ms at most, a step 1 ms."""
+    """Bounds on what one grammar may cost the engine's other requests.
+
+    llguidance's own for a step, since large vocabularies need them, and less for what a grammar
+    may grow to; its size as a text is the gateway's to bound.
+    """
     return LLParserLimits(
-        initial_lexer_fuel=1_000_000,
         max_grammar_size=100_000,
-        step_lexer_fuel=200_000,
-        step_max_items=20_000,
         max_lexer_states=50_000,
         verbose_errors=False,
     )

@@ -12,6 +12,8 @@ _ALIGN_BYTES = 16
 
 def to_device(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
     """The arrays on `device`, in one copy that the host doesn't wait for."""
+    if not arrays:
+        return {}
     starts, end = [], 0
     for array in arrays.values():
         starts.append(end)

@@ -7,8 +7,9 @@ import shutil
 import time
 from dataclasses import replace
 
+import msgpack
 import pytest
-from loraplex.workers import AdapterRef, GenerationRequest, SamplingParams
+from loraplex.workers import AdapterRef, GenerationRequest, Grammar, SamplingParams
 
 
 def test_stop_token_ends_with_stop_and_is_counted(make_engine, run, greedy):
@@ -210,9 +211,22 @@ def test_sampling_params_are_torch_free_and_round_trip():
     request = GenerationRequest(
         "r",
         (1, 2),
-        SamplingParams(stop_token_ids=(3,), logprobs=2),
+        SamplingParams(
+            stop_token_ids=(3,),
+            logprobs=2,
+            min_p=0.1,
+            presence_penalty=-1.5,
+            logit_bias=((7, -100.0), (9, 2.5)),
+            grammar=Grammar("choice", '["é"]'),
+        ),
         "t",
         AdapterRef("t", "d"),
         (9,),
     )
-    assert GenerationRequest.from_wire(request.to_wire()) == request
+    assert GenerationRequest.from_wire(msgpack.unpackb(msgpack.packb(request.to_wire()))) == request
+    older = request.to_wire()
+    older["sampling"] = {"max_tokens": 3, "stop_token_ids": [1]}
+    sampling = GenerationRequest.from_wire(older).sampling
+    assert sampling == SamplingParams(max_tokens=3, stop_token_ids=(1,))
+    assert not sampling.host_state
+    assert request.sampling.host_state

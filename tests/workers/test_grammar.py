@@ -230,3 +230,16 @@ def test_a_continuation_of_a_finished_answer_ends_at_once(make_engine, run, toke
     out = run(make_engine(), [GenerationRequest("a", (10,), params, TENANT, None, done)])["a"]
     assert out.tokens == []
     assert out.last.finish_reason == "stop"
+
+
+def test_a_grammar_that_becomes_too_complex_ends_its_own_request(make_engine, run, greedy):
+    schema = {
+        "type": "object",
+        "properties": {f"p{i}": {"type": "string", "pattern": "^(a|b)*c$"} for i in range(1000)},
+    }
+    wide = Grammar("json_schema", json.dumps(schema))
+    check_grammar(wide)
+    results = run(make_engine(), [greedy("bad", [10], grammar=wide), greedy("good", [10])])
+    assert results["bad"].last.error_code == "grammar_failed"
+    assert "items" in (results["bad"].last.error or "")
+    assert results["good"].last.finish_reason == "length"
