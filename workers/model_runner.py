@@ -177,9 +177,9 @@ class ModelRunner:
         self.cache.clear()
 
     def _warm_up_sampling(self) -> None:
+        logits = self.run(Step(self._sequences_of(1, -1)))
         if self._comm.rank != 0:
             return
-        logits = self.run(Step(self._sequences_of(1, -1)))
         params = SamplingParams(temperature=1.0, top_k=20, top_p=0.9, min_p=0.1, logprobs=1)
         batch = SamplingBatch.build([Draw(params, 0)], logits.shape[1], self.device)
         sample(logits, batch).to_host()
