@@ -64,9 +64,11 @@ def plan_step(
         if seq.prompt_logprobs is not None and w.start < len(seq.request.prompt_ids):
             logits_from = 0
             first = w.start + 1  # position that the first row predicts
-            targets = seq.request.prompt_ids[first : first + w.count]
+            # A preempted prompt is computed again: what is known of it already stays.
+            known = max(0, len(seq.prompt_logprobs) - first)
+            targets = seq.request.prompt_ids[first + known : first + w.count]
             if targets:
-                plan.prompts.append(PromptRows(seq, plan.logit_rows, list(targets)))
+                plan.prompts.append(PromptRows(seq, plan.logit_rows + known, list(targets)))
         else:
             logits_from = w.count - 1 if draws else -1
         if logits_from >= 0:

@@ -201,8 +201,6 @@ class Scheduler:
         """Back to the head of the queue; what it had computed will be computed again."""
         assert seq.flights == 0, "a launched step still writes to the blocks"
         self.running.remove(seq)
-        if seq.prompt_logprobs is not None:
-            seq.prompt_logprobs = [None]
         self._free(seq)
         self.waiting.appendleft(seq)
         self.preemptions += 1
