@@ -20,6 +20,7 @@ _EXPERT_SIZE_FIELDS = {
     "olmoe": "intermediate_size",
     "mixtral": "intermediate_size",
     "qwen2_moe": "moe_intermediate_size",
+    "gpt_oss": "intermediate_size",
 }
 SUPPORTED_MODEL_TYPES = tuple(_EXPERT_SIZE_FIELDS)
 
@@ -138,13 +139,19 @@ class BaseModel:
     def rewritten_projections(self) -> tuple[str, str, str] | None:
         """Modules of an expert (gate, up, down) that PEFT turns into targets of fused parameters.
 
-        None where it doesn't: in Qwen2-MoE these names remain the shared expert's.
+        None where it doesn't: in Qwen2-MoE these names remain the shared expert's, and gpt-oss's
+        experts have never been modules.
         """
-        if self.model_type == "qwen2_moe":
+        if self.model_type in ("qwen2_moe", "gpt_oss"):
             return None
         if self.model_type == "mixtral":
             return "w1", "w3", "w2"
         return "gate_proj", "up_proj", "down_proj"
+
+    @property
+    def transposed_experts(self) -> bool:
+        """Whether the fused parameters are [E, in, out], with gate and up interleaved along out."""
+        return self.model_type == "gpt_oss"
 
     def accepts_name(self, base_model_name_or_path: str | None) -> bool:
         """Whether an adapter made for that name may be served here.

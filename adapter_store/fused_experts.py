@@ -4,6 +4,10 @@ For a parameter [E, out, in] PEFT holds A [E*r, in], expert-major, and B [out, E
 delta[e] = B.view(out, r, E)[:, :, e] @ A.view(E, r, in)[e]. Versions before 0.19 took the
 parameter for [E, in, out], so that A has out columns and B has in rows ("swapped"):
 delta[e] = (B.view(in, r, E)[:, :, e] @ A.view(E, r, out)[e]).T.
+
+gpt-oss's parameters are [E, in, out] (`BaseModel.transposed_experts`). A and B have the same two
+forms there, but other versions wrote them: the first before 0.19, and since then; the second since
+0.19 over transformers 4, which doesn't tell PEFT that they are transposed.
 """
 
 from __future__ import annotations
@@ -23,6 +27,16 @@ from .safetensors_header import TensorInfo
 from .weights_file import WeightsFile
 
 Parameter = Literal["gate_up_proj", "down_proj"]
+
+# By whether the experts are transposed: who writes A and B swapped, and what to say where the
+# shapes don't tell.
+_SWAPPING = {False: "PEFT before 0.19", True: "PEFT from 0.19 over transformers 4"}
+_BOTH_FIT = {
+    False: "both as PEFT before 0.19 and as later versions lay it out; adapter_config.json must "
+    "say peft_version",
+    True: "both as PEFT lays it out over transformers 4 and over later ones, and nothing in the "
+    "files says which; factors of the experts' other parameter beside it would",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,7 @@ def check_fused(
     if projections := base.rewritten_projections:
         config = config.for_fused_experts(sorted({site.module for site in sites}), projections)
     found = [_identify(site, pair, config, base) for site, pair in sites.items()]
-    return _orient(found, config.writes_swapped)
+    return _orient(found, config.before_0_19, base)
 
 
 def split(
@@ -72,8 +86,9 @@ def split(
         if factors.parameter == "down_proj":
             experts.append({"down": LoraFactors(factors.scale, a, b)})
         else:
-            gate = LoraFactors(factors.scale, a, b[:inter])
-            experts.append({"gate": gate, "up": LoraFactors(factors.scale, a, b[inter:])})
+            gate_up = (b[0::2], b[1::2]) if base.transposed_experts else (b[:inter], b[inter:])
+            gate, up = (LoraFactors(factors.scale, a, part) for part in gate_up)
+            experts.append({"gate": gate, "up": up})
     return experts
 
 
@@ -111,24 +126,30 @@ def _identify(site: FusedSite, pair: Pair, config: PeftConfig, base: BaseModel) 
 
 
 def _orient(
-    found: Sequence[FusedFactors], written_swapped: bool | None
+    found: Sequence[FusedFactors], before_0_19: bool | None, base: BaseModel
 ) -> list[tuple[FusedFactors, bool]]:
     """One program wrote the whole file: where shapes fit both ways, the other pairs decide."""
     clear = {factors.swapped for factors in found} - {None}
     if len(clear) == 2:
         odd = next(factors for factors in found if factors.swapped)
+        writer = _SWAPPING[base.transposed_experts]
         raise AdapterRefused(
             "wrong_shape",
-            f"tensor {show(odd.a.name)} has A and B swapped, as PEFT before 0.19 wrote them, but "
-            "other fused factors of the file don't",
+            f"tensor {show(odd.a.name)} has A and B swapped, as {writer} wrote them, "
+            "but other fused factors of the file don't",
             safe_key(odd.a.name),
         )
-    decided = clear.pop() if clear else written_swapped
+    if clear:
+        decided = clear.pop()
+    elif base.transposed_experts:
+        decided = False if before_0_19 else None
+    else:
+        decided = before_0_19
     if decided is None:
+        name = found[0].a.name
         raise AdapterRefused(
             "ambiguous_layout",
-            f"tensor {show(found[0].a.name)} fits this model both as PEFT before 0.19 and as later "
-            "versions lay it out; adapter_config.json must say peft_version",
-            safe_key(found[0].a.name),
+            f"tensor {show(name)} fits this model {_BOTH_FIT[base.transposed_experts]}",
+            safe_key(name),
         )
     return [(factors, decided) for factors in found]

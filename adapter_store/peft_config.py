@@ -55,7 +55,7 @@ class PeftConfig:
     target_parameters: frozenset[str]
     layers_to_transform: frozenset[int] | None
     layers_pattern: tuple[Pattern, ...]
-    writes_swapped: bool | None  # fused factors swapped: PEFT before 0.19; None: version not given
+    before_0_19: bool | None  # the PEFT that wrote it; None: version not given
     _ranks: PatternTable
     _alphas: PatternTable
 
@@ -178,13 +178,13 @@ def parse_config(raw: bytes) -> PeftConfig:
         target_parameters=read_parameters(parameters),
         layers_to_transform=layers,
         layers_pattern=layers_pattern,
-        writes_swapped=_writes_swapped(read_text(fields, "peft_version")),
+        before_0_19=_before_0_19(read_text(fields, "peft_version")),
         _ranks=read_table(ranks, "rank_pattern"),
         _alphas=read_table(alphas, "alpha_pattern"),
     )
 
 
-def _writes_swapped(peft_version: str | None) -> bool | None:
+def _before_0_19(peft_version: str | None) -> bool | None:
     """Whether that PEFT took fused experts for [E, in, out]; it did before 0.19."""
     match = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", peft_version or "")
     return (int(match[1]), int(match[2])) < (0, 19) if match else None

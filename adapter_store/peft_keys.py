@@ -33,7 +33,7 @@ _EXPERT = re.compile(
     rf"\.(?P<projection>{'|'.join(_PROJECTIONS)})"
 )
 _FUSED = re.compile(r"(?:mlp|block_sparse_moe)\.experts(?P<inner>\.base_layer)?")
-_ROUTER = re.compile(r"(?:mlp|block_sparse_moe)\.gate")
+_ROUTER = re.compile(r"(?:mlp|block_sparse_moe)\.(?:gate|router)")
 
 # Parts of names that say why a tensor is no factor that is served.
 _TELLING = {

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ModelFilesInvalid, ModelUnsupported
-from .families import FAMILIES, unserved_options
+from .families import (
+    FAMILIES,
+    layer_windows,
+    quant_method,
+    rope_parameters,
+    rope_type,
+    unserved_options,
+)
+from .rope_parameters import Yarn
 
 
 @dataclass(frozen=True)
@@ -32,9 +40,13 @@ class ModelConfig:
     max_position_embeddings: int
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
+    layer_windows: tuple[int | None, ...]  # tokens that each layer's attention sees; None: all
+    yarn: Yarn | None = None  # None: rope of the default type
     qkv_bias: bool = False
+    o_bias: bool = False
     shared_expert_size: int = 0  # intermediate size; 0: there is none
-    sliding_window: int | None = None  # tokens; texts that fit into it don't notice it
+    swiglu_clamp: tuple[float, float] | None = None  # gpt-oss's (alpha, limit); None: plain SwiGLU
+    quantisation: str | None = None  # of the checkpoint; in memory nothing is quantised
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
@@ -60,9 +72,15 @@ class ModelConfig:
                 f"{path}: model_type {raw.get('model_type')!r} isn't served; "
                 f"served: {', '.join(FAMILIES)}"
             )
-        for name, value in unserved_options(raw).items():
+        for name, value in unserved_options(raw, family).items():
             raise ModelUnsupported(f"{path}: {name} = {value!r} isn't served")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        try:
+            windows = layer_windows(raw, family)
+        except ValueError as e:
+            raise ModelFilesInvalid(f"{path}: {e}") from None
+        rope = rope_parameters(raw, family)
+        max_positions = raw["max_position_embeddings"]
+        attention_bias = family.attention_bias and raw.get("attention_bias", True)
         heads = raw["num_attention_heads"]
         return cls(
             model_type=raw["model_type"],
@@ -78,14 +96,22 @@ class ModelConfig:
             norm_topk_prob=raw.get("norm_topk_prob", family.norm_topk_prob),
             rms_norm_eps=raw["rms_norm_eps"],
             rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or family.rope_theta),
-            max_position_embeddings=raw["max_position_embeddings"],
+            max_position_embeddings=max_positions,
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             eos_token_ids=_eos_ids(Path(folder), raw),
-            qkv_bias=raw.get("qkv_bias", family.qkv_bias),
+            layer_windows=windows,
+            yarn=Yarn.from_parameters(rope, max_positions) if rope_type(rope) == "yarn" else None,
+            qkv_bias=attention_bias or raw.get("qkv_bias", family.qkv_bias),
+            o_bias=attention_bias,
             shared_expert_size=(
                 raw["shared_expert_intermediate_size"] if family.shared_expert else 0
             ),
-            sliding_window=raw.get("sliding_window") if family.windowed else None,
+            swiglu_clamp=(
+                (raw.get("swiglu_alpha", 1.702), raw.get("swiglu_limit", 7.0))
+                if family.clamped_swiglu
+                else None
+            ),
+            quantisation=quant_method(raw),
         )
 
 
@@ -144,18 +170,6 @@ class EngineConfig:
 
     @cached_property
     def context_length(self) -> int:
-        """Most tokens (prompt and output) of one sequence.
-
-        Raises:
-            ModelUnsupported: the model attends to a window shorter than that.
-        """
+        """Most tokens (prompt and output) of one sequence."""
         longest = self.model.max_position_embeddings
-        length = min(self.max_model_len or longest, longest, self.kv_tokens or longest)
-        window = self.model.sliding_window
-        if window is not None and window < length:
-            raise ModelUnsupported(
-                f"{self.model_path}: sliding_window = {window} is shorter than the context of "
-                f"{length} tokens, and sliding windows aren't served; set max_model_len to "
-                f"{window} or less"
-            )
-        return length
+        return min(self.max_model_len or longest, longest, self.kv_tokens or longest)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .errors import WorkerError
 from .weights import whole_slices
 
 _STD = 0.02  # about the `initializer_range` of published configs
@@ -21,7 +22,7 @@ class DummyCheckpoint:
     """
 
     def __init__(self, dtype: torch.dtype, device: str):
-        self._dtype, self._device = dtype, device
+        self.dtype, self.device = dtype, device
         self._lock = threading.Lock()
         self.read_bytes = 0
 
@@ -43,12 +44,22 @@ class DummyCheckpoint:
         out = into
         if out is None:
             sizes = [s.stop - s.start for s in slices]
-            out = torch.empty(sizes, dtype=self._dtype, device=self._device)
+            out = torch.empty(sizes, dtype=self.dtype, device=self.device)
         with self._lock:
             self.read_bytes += out.nbytes
         if name.endswith("norm.weight"):
             return out.fill_(1)
         key = f"{name}{[(s.start, s.stop) for s in slices]}"
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big", signed=True)
-        generator = torch.Generator(self._device).manual_seed(seed)
+        generator = torch.Generator(self.device).manual_seed(seed)
         return out.normal_(0, _STD, generator=generator)
+
+    def stored(
+        self,
+        name: str,
+        shape: Sequence[int],
+        rows: slice | None = None,
+        cols: slice | None = None,
+    ) -> torch.Tensor:
+        """Nothing is quantised here: the loader finds the whole weights, which it takes first."""
+        raise WorkerError(f"{name}: made weights have no quantised form")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -14,48 +14,129 @@ class Family:
     Attributes:
         expert_size_field: holds the intermediate size of one expert.
         rope_theta: where the config has none.
+        rope: other rope parameters, where the config has none at all.
         norm_topk_prob: where the config has none.
         qkv_bias: of q, k and v, where the config says nothing.
+        attention_bias: of q, k, v and o, unless the config says no. Refused in other families.
         shared_expert: whether every token also goes through an expert of its own size.
-        windowed: `sliding_window` counts without a switch (`use_sliding_window`) beside it.
+        clamped_swiglu: experts have gpt-oss's activation.
+        quantisations: values of `quantization_config.quant_method` that can be read.
+        windows: which layers `sliding_window` is for: "all" of them; "switched": all, if
+            `use_sliding_window` says so; "switched some": then those that `layer_types` names;
+            "some": those always.
+        sliding_window: where the config has none.
     """
 
     expert_size_field: str = "moe_intermediate_size"
     rope_theta: float = 10000.0
+    rope: Mapping[str, Any] = field(default_factory=dict)
     norm_topk_prob: bool = False
     qkv_bias: bool = False
+    attention_bias: bool = False
     shared_expert: bool = False
-    windowed: bool = False
+    clamped_swiglu: bool = False
+    quantisations: frozenset[str] = frozenset()
+    windows: Literal["all", "switched", "switched some", "some"] = "all"
+    sliding_window: int | None = None
 
 
 FAMILIES: Mapping[str, Family] = {
-    "qwen3_moe": Family(),
-    "olmoe": Family(expert_size_field="intermediate_size", windowed=True),
+    "qwen3_moe": Family(windows="switched", sliding_window=4096),
+    "olmoe": Family(expert_size_field="intermediate_size"),
     "mixtral": Family(
         expert_size_field="intermediate_size",
         rope_theta=1e6,
         norm_topk_prob=True,
-        windowed=True,
     ),
-    "qwen2_moe": Family(qkv_bias=True, shared_expert=True),
+    "qwen2_moe": Family(
+        qkv_bias=True, shared_expert=True, windows="switched some", sliding_window=4096
+    ),
+    "gpt_oss": Family(
+        expert_size_field="intermediate_size",
+        rope_theta=150000.0,
+        rope={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        norm_topk_prob=True,  # softmax over the chosen logits is softmax over all, renormalised
+        attention_bias=True,
+        clamped_swiglu=True,
+        quantisations=frozenset({"mxfp4"}),
+        windows="some",
+        sliding_window=128,
+    ),
 }
 
 
-def unserved_options(raw: Mapping[str, Any]) -> dict[str, Any]:
+def rope_parameters(raw: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """The rope parameters of a config, wherever it has them."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or family.rope
+    if original := raw.get("original_max_position_embeddings"):
+        return {**rope, "original_max_position_embeddings": original}
+    return rope
+
+
+def rope_type(rope: Mapping[str, Any]) -> str:
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def layer_windows(raw: Mapping[str, Any], family: Family) -> tuple[int | None, ...]:
+    """How many tokens each layer attends to, the current one included; None: all.
+
+    Raises:
+        ValueError: `layer_types` or `sliding_window` can't be what it is.
+    """
+    layers = raw["num_hidden_layers"]
+    window = raw.get("sliding_window", family.sliding_window)
+    switched_off = family.windows.startswith("switched") and not raw.get("use_sliding_window")
+    if window is None or switched_off:
+        return (None,) * layers
+    if not isinstance(window, int) or window < 1:
+        raise ValueError(f"sliding_window = {window!r} must be a positive number of tokens")
+    if family.windows in ("all", "switched"):
+        return (window,) * layers
+    # Where the list is missing, every second layer; in Qwen2-MoE of the first ones only.
+    most = raw.get("max_window_layers", 28) if family.windows == "switched some" else layers
+    types = raw.get("layer_types") or [
+        "sliding_attention" if n % 2 == 0 and n < most else "full_attention" for n in range(layers)
+    ]
+    known = {"sliding_attention": window, "full_attention": None}
+    if len(types) != layers or not set(types) <= known.keys():
+        raise ValueError(
+            f"layer_types must say {' or '.join(known)} for each of {layers} layers, got {types}"
+        )
+    return tuple(known[t] for t in types)
+
+
+def unserved_options(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Options of a config that would change the result and aren't served, with their values."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = rope_parameters(raw, family)
     dense_step = raw.get("decoder_sparse_step", 1)
+    kind = rope_type(rope)
+    quantisation = quant_method(raw)
     values = {
-        "rope_type": _unless(rope.get("rope_type", rope.get("type")), "default"),
-        "partial_rotary_factor": _unless(rope.get("partial_rotary_factor"), 1),
-        "attention_bias": raw.get("attention_bias"),
+        "rope_type": None if kind in ("default", "yarn") else kind,
+        "partial_rotary_factor": _unless(
+            rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")), 1
+        ),
+        "attention_bias": None if family.attention_bias else raw.get("attention_bias"),
         "clip_qkv": raw.get("clip_qkv"),
-        "use_sliding_window": raw.get("use_sliding_window"),
         "mlp_only_layers": raw.get("mlp_only_layers"),
         "decoder_sparse_step": _unless(dense_step, 1),
         "hidden_act": _unless(raw.get("hidden_act"), "silu"),
+        "quant_method": None if quantisation in family.quantisations else quantisation,
     }
     return {name: value for name, value in values.items() if value}
+
+
+def quant_method(raw: Mapping[str, Any]) -> str | None:
+    """How the checkpoint's weights are quantised; None: they aren't."""
+    quantisation = raw.get("quantization_config")
+    return quantisation.get("quant_method", "unknown") if quantisation else None
 
 
 def _unless(value: Any, usual: Any) -> Any:

@@ -14,34 +14,13 @@ from ..kernels import LoraBatch, MoeRunner, MoeWeights, lora_linear_
 from .adapter_pool import AdapterPool
 from .attention import AttentionBatch, PagedBatch, PagedKVCache
 from .comm import Comm
+from .rope import RotaryEmbedding
 from .shard import Shard
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., N] normalised in float32, scaled by weight [N]."""
     return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
-
-
-class RotaryEmbedding:
-    """Rotary position embedding of the "default" type, halves rotated (not interleaved)."""
-
-    def __init__(self, head_dim: int, theta: float, max_positions: int, device: torch.device):
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        angles = torch.outer(torch.arange(max_positions).float(), 1.0 / theta**exponent)
-        angles = torch.cat([angles, angles], dim=-1)  # [positions, D]
-        self._cos, self._sin = angles.cos().to(device), angles.sin().to(device)
-
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, float32 [T, 1, D], for positions int64 [T]."""
-        return self._cos[positions][:, None], self._sin[positions][:, None]
-
-    @staticmethod
-    def apply(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """x [T, heads, D] rotated in float32."""
-        half = x.shape[-1] // 2
-        y = x.float()
-        turned = torch.cat([-y[..., half:], y[..., :half]], dim=-1)
-        return (y * cos + turned * sin).to(x.dtype)
 
 
 def route(logits: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,21 +101,28 @@ QkNorm = HeadNorm | WholeNorm  # of a rank's q [T, q] and k [T, kv] before they 
 
 @dataclass(frozen=True)
 class Attention:
-    """Grouped-query attention over the paged cache, with LoRA on q, k, v and o."""
+    """Grouped-query attention over the paged cache, with LoRA on q, k, v and o.
+
+    `window` is in tokens, None: all before; `sinks` are logits of this rank's heads.
+    """
 
     shard: Shard
     comm: Comm
     qkv: torch.Tensor  # [q + 2 kv, H]
     qkv_bias: torch.Tensor | None  # [q + 2 kv]
     o: torch.Tensor  # [H, q]
+    o_bias: torch.Tensor | None  # [H]; on one rank only, for it is summed over them
     norm: QkNorm | None
+    window: int | None
+    sinks: torch.Tensor | None = None  # [heads]
 
     def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
         qkv = F.linear(h, self.qkv, self.qkv_bias)
         if step.lora is not None:
             lora_linear_(qkv, h, step.pool.qkv[n], step.lora)
-        o = step.cache.read(n, self._prepare(n, qkv, step), step.attention)
-        y = F.linear(o, self.o)
+        q = self._prepare(n, qkv, step)
+        o = step.cache.read(n, q, step.attention, window=self.window, sinks=self.sinks)
+        y = F.linear(o, self.o, self.o_bias)
         if step.lora is not None:
             lora_linear_(y, o, step.pool.o[n], step.lora)
         return self.comm.all_reduce(y)
@@ -195,11 +181,14 @@ class MoeBlock:
     top_k: int
     norm_topk_prob: bool
     shared: SharedExpert | None = None
+    router_bias: torch.Tensor | None = None  # [E]
     # int32 [E], each expert's number on this rank, -1 where it isn't; None: all are, as numbered.
     local_ids: torch.Tensor | None = None
 
     def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
-        weights, ids = route(F.linear(h, self.router), self.top_k, self.norm_topk_prob)
+        weights, ids = route(
+            F.linear(h, self.router, self.router_bias), self.top_k, self.norm_topk_prob
+        )
         if self.local_ids is not None:
             ids = self.local_ids.index_select(0, ids.reshape(-1)).view(ids.shape)
         if step.padding is not None:

@@ -20,6 +20,8 @@ _SCRATCH_BYTES = 32 << 20  # for one thread; an expert's projection has a few MB
 class TensorSource(Protocol):
     """Where the loader takes a rank's weights from."""
 
+    dtype: torch.dtype  # the model's
+    device: str
     read_bytes: int  # of all that `get` gave so far, before it was cast
 
     def __contains__(self, name: str, /) -> bool: ...
@@ -48,6 +50,16 @@ class TensorSource(Protocol):
         """
         ...
 
+    def stored(
+        self,
+        name: str,
+        shape: Sequence[int],
+        rows: slice | None = None,
+        cols: slice | None = None,
+    ) -> torch.Tensor:
+        """As `get`, but in the dtype of the file: quantised weights mean nothing in another."""
+        ...
+
 
 class Checkpoint:
     """Opened shards of a model folder, addressed by tensor name. Use as a context manager.
@@ -57,7 +69,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path, dtype: torch.dtype, device: str):
         self._folder = Path(folder)
-        self._dtype, self._device = dtype, device
+        self.dtype, self.device = dtype, device
         self._file_of: dict[str, SafetensorsFile] = {}
         self._open: list[SafetensorsFile] = []
         self._lock = threading.Lock()
@@ -105,6 +117,24 @@ class Checkpoint:
         into: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See TensorSource."""
+        part = self._read(name, shape, rows, cols, depth)
+        out = into
+        if out is None:
+            out = torch.empty(part.shape, dtype=self.dtype, device=self.device)
+        return out.copy_(part)
+
+    def stored(
+        self,
+        name: str,
+        shape: Sequence[int],
+        rows: slice | None = None,
+        cols: slice | None = None,
+    ) -> torch.Tensor:
+        """See TensorSource."""
+        return self._read(name, shape, rows, cols).to(self.device, copy=True)
+
+    def _read(self, name: str, shape: Sequence[int], *cuts: slice | None) -> torch.Tensor:
+        """On the CPU, and maybe in this thread's scratch memory."""
         if name not in self._file_of:
             raise ModelFilesInvalid(f"{self._folder}: no shard holds the tensor {name!r}")
         file = self._file_of[name]
@@ -114,13 +144,10 @@ class Checkpoint:
                 f"{self._folder}: the tensor {name!r} has shape {list(found)}, config.json "
                 f"says {list(shape)}"
             )
-        part = file.read(name, whole_slices(shape, rows, cols, depth), self._scratch)
+        part = file.read(name, whole_slices(shape, *cuts), self._scratch)
         with self._lock:
             self.read_bytes += part.nbytes
-        out = into
-        if out is None:
-            out = torch.empty(part.shape, dtype=self._dtype, device=self._device)
-        return out.copy_(part)
+        return part
 
     def _scratch(self, nbytes: int) -> torch.Tensor:
         """Memory of this thread, which its next read takes again: fresh memory costs page faults,
@@ -128,7 +155,7 @@ class Checkpoint:
         if nbytes > _SCRATCH_BYTES:
             return torch.empty(nbytes, dtype=torch.uint8)
         if not hasattr(self._local, "scratch"):
-            pin = torch.device(self._device).type == "cuda"
+            pin = torch.device(self.device).type == "cuda"
             self._local.scratch = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, pin_memory=pin)
         return self._local.scratch[:nbytes]
 

@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 SMALL_POOL = 96 << 10  # bytes: not all adapters fit
 
 
-@pytest.fixture(scope="module", params=["qwen2_moe", "mixtral"])
+@pytest.fixture(scope="module", params=["qwen2_moe", "mixtral", "gpt_oss"])
 def tiny(request, tmp_path_factory):
     torch.set_num_threads(1)
     return make_tiny_model(request.param, tmp_path_factory.mktemp(request.param))

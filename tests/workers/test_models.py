@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import socket
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from loraplex.workers.config import ModelConfig
 from loraplex.workers.families import FAMILIES
 from loraplex.workers.layers import WholeNorm, rms_norm
 from loraplex.workers.models.registry import LAYERS
+from loraplex.workers.rope_parameters import Yarn
 from safetensors import safe_open
 
 from .tiny_models import CONFIGS, VOCAB, TinyModel, make_tiny_model
@@ -153,25 +154,19 @@ def test_other_model_types_are_refused_with_the_served_ones(tiny, tmp_path):
         ("olmoe", "hidden_act", "gelu"),
         ("qwen2_moe", "mlp_only_layers", [0]),
         ("qwen2_moe", "decoder_sparse_step", 2),
-        ("qwen2_moe", "use_sliding_window", True),
+        ("mixtral", "quantization_config", {"quant_method": "mxfp4"}),
+        ("gpt_oss", "quantization_config", {"quant_method": "fp8"}),
+        ("qwen3_moe", "rope_parameters", {"rope_type": "llama3"}),
     ],
 )
 def test_options_that_would_change_the_result_are_refused(tiny, tmp_path, family, option, value):
-    with pytest.raises(ModelUnsupported, match=re.escape(f"{option} = {value!r} isn't")):
+    named, of = next(iter(value.items())) if isinstance(value, dict) else (option, value)
+    with pytest.raises(ModelUnsupported, match=re.escape(f"{named} = {of!r} isn't")):
         changed(tiny(family), tmp_path, **{option: value})
 
 
-def test_a_sliding_window_is_served_as_far_as_no_text_notices_it(tiny, tmp_path):
-    model = changed(tiny("mixtral"), tmp_path, sliding_window=100)
-    assert model.sliding_window == 100
-    config = EngineConfig(str(tmp_path))
-    with pytest.raises(ModelUnsupported, match="sliding_window = 100 is shorter than the context"):
-        _ = config.context_length
-    assert replace(config, max_model_len=100).context_length == 100
-
-
-# The fields that matter of config.json as published for OLMoE-1B-7B-0924, Mixtral-8x7B-v0.1 and
-# Qwen1.5-MoE-A2.7B.
+# The fields that matter of config.json as published for OLMoE-1B-7B-0924, Mixtral-8x7B-v0.1,
+# Qwen1.5-MoE-A2.7B, gpt-oss-20b and gpt-oss-120b.
 _COMMON = {"hidden_act": "silu", "tie_word_embeddings": False, "eos_token_id": 2}
 PUBLISHED = [
     _COMMON
@@ -199,6 +194,31 @@ PUBLISHED = [
         "shared_expert_intermediate_size": 5632, "sliding_window": 32768,
         "use_sliding_window": False, "vocab_size": 151936,
     },
+    *(
+        _COMMON
+        | {
+            "model_type": "gpt_oss", "attention_bias": True, "experts_per_token": 4,
+            "head_dim": 64, "hidden_size": 2880, "initial_context_length": 4096,
+            "intermediate_size": 2880,
+            "layer_types": ["sliding_attention", "full_attention"] * half,
+            "max_position_embeddings": 131072, "num_attention_heads": 64, "num_experts_per_tok": 4,
+            "num_hidden_layers": 2 * half, "num_key_value_heads": 8, "num_local_experts": experts,
+            "quantization_config": {
+                "modules_to_not_convert": [
+                    "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
+                    "lm_head",
+                ],
+                "quant_method": "mxfp4",
+            },
+            "rms_norm_eps": 1e-5,
+            "rope_scaling": {
+                "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0,
+                "original_max_position_embeddings": 4096, "rope_type": "yarn", "truncate": False,
+            },
+            "rope_theta": 150000, "sliding_window": 128, "swiglu_limit": 7.0, "vocab_size": 201088,
+        }
+        for half, experts in ((12, 32), (18, 128))
+    ),
 ]  # fmt: skip
 
 
@@ -208,19 +228,34 @@ def test_configs_of_published_checkpoints_are_read(tmp_path, raw):
     model = EngineConfig(str(tmp_path), kv_tokens=1 << 20).model
     family = model.model_type
     assert (model.num_experts, model.top_k, model.moe_intermediate_size) == {
-        "olmoe": (64, 8, 1024), "mixtral": (8, 2, 14336), "qwen2_moe": (60, 4, 1408)
-    }[family]  # fmt: skip
-    assert model.norm_topk_prob == (family == "mixtral")
+        ("olmoe", 16): (64, 8, 1024),
+        ("mixtral", 32): (8, 2, 14336),
+        ("qwen2_moe", 24): (60, 4, 1408),
+        ("gpt_oss", 24): (32, 4, 2880),
+        ("gpt_oss", 36): (128, 4, 2880),
+    }[family, model.num_layers]
+    assert model.norm_topk_prob == (family in ("mixtral", "gpt_oss"))
     assert model.rope_theta == raw["rope_theta"]
-    assert model.qkv_bias == (family == "qwen2_moe")
+    assert model.qkv_bias == (family in ("qwen2_moe", "gpt_oss"))
     assert model.shared_expert_size == raw.get("shared_expert_intermediate_size", 0)
-    assert model.head_dim == 128
-    assert model.sliding_window is None
+    if family != "gpt_oss":
+        assert (model.head_dim, model.o_bias, model.swiglu_clamp) == (128, False, None)
+        assert model.layer_windows == (None,) * model.num_layers
+        assert (model.yarn, model.quantisation) == (None, None)
+        return
+    assert (model.head_dim, model.o_bias, model.swiglu_clamp) == (64, True, (1.702, 7.0))
+    assert model.layer_windows == (128, None) * (model.num_layers // 2)
+    assert model.quantisation == "mxfp4"
+    assert model.yarn == Yarn(32.0, 4096, 32.0, 1.0, False, 0.1 * math.log(32) + 1)
 
 
 @pytest.mark.parametrize(
     ("module", "what"),
-    [("mlp.shared_expert_gate", "the gate of the shared expert"), ("mlp.gate", "the router")],
+    [
+        ("mlp.shared_expert_gate", "the gate of the shared expert"),
+        ("mlp.gate", "the router"),
+        ("mlp.router", "the router"),
+    ],
 )
 def test_adapted_gates_are_refused(tiny, module, what):
     key = f"base_model.model.model.layers.0.{module}.lora_A.weight"

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    GptOssConfig,
     MixtralConfig,
     OlmoeConfig,
     PreTrainedConfig,
@@ -51,6 +52,24 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         moe_intermediate_size=INTER,
         shared_expert_intermediate_size=SHARED,
     ),
+    "gpt_oss": GptOssConfig(
+        **_SIZES,
+        num_local_experts=EXPERTS,
+        intermediate_size=INTER,
+        head_dim=24,
+        sliding_window=7,
+        swiglu_alpha=1.3,
+        swiglu_limit=1.5,  # of random weights' activations, some are clamped
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1000.0,
+            "factor": 4.0,
+            "beta_fast": 8.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+    ),
 }
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -79,7 +98,7 @@ class TinyModel:
     def oracle(self, adapter: str | None) -> nn.Module:
         """The model as transformers and PEFT run it."""
         model = _load(self.folder)
-        if (self.family, adapter) == ("qwen2_moe", "per expert"):
+        if adapter == "per expert" and self.family in ("qwen2_moe", "gpt_oss"):
             _merge(model, self.adapters[adapter])  # PEFT can't load these for fused experts
         elif adapter is not None:
             model = peft.PeftModel.from_pretrained(model, self.adapters[adapter])
@@ -91,8 +110,9 @@ def make_tiny_model(family: str, folder: Path) -> TinyModel:
     torch.manual_seed(len(family))
     model = AutoModelForCausalLM.from_config(CONFIGS[family])
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms begin as 1 and biases as 0, which would prove little
+        for name, parameter in model.named_parameters():
+            # Norms begin as 1 and biases as 0, which would prove little.
+            if parameter.ndim == 1 or name.endswith("bias"):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(folder / "model")
     # All experts of a layer in two tensors, under the names that transformers 5 has in memory.
@@ -118,6 +138,18 @@ def make_tiny_model(family: str, folder: Path) -> TinyModel:
         formats["shared expert as parameters"] = {
             "target_modules": ["k_proj"],
             "target_parameters": [f"shared_expert.{name}.weight" for name in PROJECTIONS],
+        }
+    if family == "gpt_oss":
+        # Its experts have no modules to name.
+        del formats["expert modules"]
+        formats["attention and fused parameters"] = {
+            "target_modules": ATTENTION,
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "rank_pattern": {"gate_up_proj": 12, "down_proj": 5},
+        }
+        formats["down alone"] = {
+            "target_modules": ["k_proj"],
+            "target_parameters": ["mlp.experts.down_proj"],
         }
     for name, config in formats.items():
         _save_adapter(tiny, folder / "adapters" / name, config)
@@ -186,6 +218,11 @@ def _merge(model: nn.Module, folder: Path) -> None:
             experts, _, number = path.rpartition(".")
             fused = "down_proj" if name == "down_proj" else "gate_up_proj"
             weight = model.get_parameter(f"{experts}.{fused}").data[int(number)]
+            if model.config.model_type == "gpt_oss":
+                weight = weight.T
+                gate, up = weight[0::2], weight[1::2]
+            else:
+                gate, up = weight[:INTER], weight[INTER:]
             if fused == "gate_up_proj":
-                weight = weight[:INTER] if name == "gate_proj" else weight[INTER:]
+                weight = gate if name == "gate_proj" else up
         weight.add_(delta)

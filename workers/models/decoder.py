@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from ...kernels import LoraBatch, add_rms_norm_
 from ..adapter_pool import AdapterPool
 from ..attention import AttentionBatch, PagedKVCache
-from ..layers import Attention, MoeBlock, RotaryEmbedding, StepContext
+from ..layers import Attention, MoeBlock, StepContext
+from ..rope import RotaryEmbedding
 
 
 @dataclass(frozen=True)

@@ -26,16 +26,27 @@ class Loader:
     checkpoint: TensorSource
     comm: Comm
     runner: MoeRunner
-    dtype: torch.dtype
-    device: torch.device
 
     def empty(self, *shape: int) -> torch.Tensor:
         """For weights that are put together from several tensors of the checkpoint."""
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return torch.empty(shape, dtype=self.checkpoint.dtype, device=self.checkpoint.device)
 
-    def attention(self, prefix: str, norm: QkNorm | None) -> Attention:
-        """Attention whose tensors' names begin with `prefix`."""
+    def local_ids(self) -> torch.Tensor | None:
+        """What `MoeBlock.local_ids` says."""
+        mine, count = self.shard.experts, self.config.num_experts
+        if len(mine) == count:
+            return None
+        local_ids = torch.full((count,), -1, dtype=torch.int32)
+        local_ids[mine.start : mine.stop] = torch.arange(len(mine), dtype=torch.int32)
+        return local_ids.to(self.checkpoint.device)
+
+    def attention(self, n: int, norm: QkNorm | None) -> Attention:
+        """The attention of layer `n`, without sinks."""
         ck, shard, m = self.checkpoint, self.shard, self.config
+        prefix = f"model.layers.{n}.self_attn."
+        o_bias = None
+        if m.o_bias and shard.rank == 0:
+            o_bias = ck.get(f"{prefix}o_proj.bias", (m.hidden_size,))
         q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
         qkv, biases = [], []
         for name, out in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
@@ -50,7 +61,9 @@ class Loader:
             qkv=torch.cat(qkv),
             qkv_bias=torch.cat(biases) if biases else None,
             o=ck.get(f"{prefix}o_proj.weight", (m.hidden_size, q), cols=cols),
+            o_bias=o_bias,
             norm=norm,
+            window=m.layer_windows[n],
         )
 
     def moe(
@@ -60,22 +73,16 @@ class Loader:
         shared: SharedExpert | None = None,
     ) -> MoeBlock:
         """Routed experts and their router, `<prefix>experts` and `<prefix>gate`."""
-        m, mine = self.config, self.shard.experts
-        router = self.checkpoint.get(f"{prefix}gate.weight", (m.num_experts, m.hidden_size))
-        local_ids = None
-        if len(mine) < m.num_experts:
-            local_ids = torch.full((m.num_experts,), -1, dtype=torch.int32)
-            local_ids[mine.start : mine.stop] = torch.arange(len(mine), dtype=torch.int32)
-            local_ids = local_ids.to(router.device)
+        m = self.config
         return MoeBlock(
             comm=self.comm,
             runner=self.runner,
-            router=router,
+            router=self.checkpoint.get(f"{prefix}gate.weight", (m.num_experts, m.hidden_size)),
             experts=self._experts(f"{prefix}experts.", projections),
             top_k=m.top_k,
             norm_topk_prob=m.norm_topk_prob,
             shared=shared,
-            local_ids=local_ids,
+            local_ids=self.local_ids(),
         )
 
     def shared_expert(self, prefix: str) -> SharedExpert:

@@ -13,7 +13,7 @@ def load_layer(loader: Loader, n: int) -> DecoderLayer:
     moe = next((m for m in ("block_sparse_moe.", "mlp.") if f"{p}{m}gate.weight" in ck), "mlp.")
     return DecoderLayer(
         input_norm=ck.get(p + "input_layernorm.weight", hidden),
-        attention=loader.attention(p + "self_attn.", norm=None),
+        attention=loader.attention(n, norm=None),
         post_norm=ck.get(p + "post_attention_layernorm.weight", hidden),
         moe=loader.moe(p + moe, projections=("w1", "w3", "w2")),
     )

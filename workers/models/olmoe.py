@@ -20,7 +20,7 @@ def load_layer(loader: Loader, n: int) -> DecoderLayer:
     )
     return DecoderLayer(
         input_norm=ck.get(p + "input_layernorm.weight", hidden),
-        attention=loader.attention(p + "self_attn.", norm),
+        attention=loader.attention(n, norm),
         post_norm=ck.get(p + "post_attention_layernorm.weight", hidden),
         moe=loader.moe(p + "mlp."),
     )

@@ -11,7 +11,7 @@ def load_layer(loader: Loader, n: int) -> DecoderLayer:
     hidden = (loader.config.hidden_size,)
     return DecoderLayer(
         input_norm=ck.get(p + "input_layernorm.weight", hidden),
-        attention=loader.attention(p + "self_attn.", norm=None),
+        attention=loader.attention(n, norm=None),
         post_norm=ck.get(p + "post_attention_layernorm.weight", hidden),
         moe=loader.moe(p + "mlp.", shared=loader.shared_expert(p + "mlp.")),
     )

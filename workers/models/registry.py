@@ -11,10 +11,10 @@ import torch
 from ...kernels import MoeRunner
 from ..comm import Comm
 from ..config import ModelConfig
-from ..layers import RotaryEmbedding
+from ..rope import RotaryEmbedding, inverse_frequencies
 from ..shard import Shard
 from ..weights import TensorSource
-from . import mixtral, olmoe, qwen2_moe, qwen3_moe
+from . import gpt_oss, mixtral, mxfp4, olmoe, qwen2_moe, qwen3_moe
 from .decoder import Decoder, DecoderLayer
 from .loading import Loader
 
@@ -28,6 +28,7 @@ LAYERS: Mapping[str, Callable[[Loader, int], DecoderLayer]] = {
     "olmoe": olmoe.load_layer,
     "mixtral": mixtral.load_layer,
     "qwen2_moe": qwen2_moe.load_layer,
+    "gpt_oss": gpt_oss.load_layer,
 }
 
 
@@ -51,7 +52,10 @@ def load_model(
     head = embed
     if not config.tie_word_embeddings and shard.rank == 0:
         head = checkpoint.get("lm_head.weight", table)
-    loader = Loader(config, shard, checkpoint, comm, runner, embed.dtype, device)
+    if config.quantisation == "mxfp4":
+        mxfp4.say_what_it_takes(config, shard, checkpoint.dtype)
+    loader = Loader(config, shard, checkpoint, comm, runner)
+    frequencies, scaling = inverse_frequencies(config.head_dim, config.rope_theta, config.yarn)
     load_layer = LAYERS[config.model_type]
     with ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="weights") as threads:
         layers = list(threads.map(lambda n: load_layer(loader, n), range(config.num_layers)))
@@ -60,6 +64,6 @@ def load_model(
         layers=layers,
         norm=checkpoint.get("model.norm.weight", (config.hidden_size,)),
         head=head,
-        rope=RotaryEmbedding(config.head_dim, config.rope_theta, max_positions, device),
+        rope=RotaryEmbedding(frequencies, scaling, max_positions, device),
         eps=config.rms_norm_eps,
     )
