@@ -126,7 +126,10 @@ class DecodeGraphs:
                     self._forward(rows, adapters)  # compiles, and sets libraries up
                 torch.cuda.current_stream(self._device).wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                # Other threads, NCCL's watchdog among them, may ask for events meanwhile.
+                with torch.cuda.graph(
+                    graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+                ):
                     hidden = self._forward(rows, adapters)
                 self._graphs[size, adapters] = graph, hidden
         torch.cuda.synchronize(self._device)
