@@ -26,7 +26,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What every layer reads of one step. `lora` is None when no token has an adapter."""
+    """What every layer reads of one step.
+
+    `lora` is None when no token has an adapter. `padding`, bool [T, 1], names rows that stand for
+    no token: experts leave them out. None: there are none.
+    """
 
     cos: torch.Tensor  # [T, 1, D]
     sin: torch.Tensor  # [T, 1, D]
@@ -34,6 +38,7 @@ class StepContext:
     cache: PagedKVCache
     pool: AdapterPool
     lora: LoraBatch | None
+    padding: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,8 @@ class MoeBlock:
         weights, ids = self.routing(logits)
         if self.local_ids is not None:
             ids = self.local_ids.index_select(0, ids.reshape(-1)).view(ids.shape)
+        if step.padding is not None:
+            ids = ids.masked_fill(step.padding, -1)
         y = self.runner(h, self.experts, weights, ids, step.pool.experts[n], step.lora)
         if self.shared is not None:
             y = y + self.shared(n, h, step)

@@ -44,6 +44,9 @@ def test_logits_are_those_of_the_torch_path(family, tmp_path, monkeypatch) -> No
     buffers = DecodeBuffers(4, 32, config.block_size, torch.device("cpu"))
     decode = [SequenceStep([3], 6, [7], -1, 0), SequenceStep([2], 2, [4], -1, 0)]
     expected.append(by_torch.run(Step(decode)))
+    more = [SequenceStep([5], 24, [3, 9, 2], -1, 0), SequenceStep([6], 7, [7], -1, 0)]
+    more.append(SequenceStep([1], 3, [4], -1, 0))
+    expected.append(by_torch.run(Step(more)))
 
     monkeypatch.setattr(model_runner, "plan_attention", PagedBatch.plan)
     monkeypatch.setattr(decoder, "add_rms_norm_", kernels_gpu.add_rms_norm_)
@@ -51,5 +54,7 @@ def test_logits_are_those_of_the_torch_path(family, tmp_path, monkeypatch) -> No
     buffers.fill(decode)
     monkeypatch.setattr(model_runner, "plan_attention", lambda *_: buffers.batch(2, 64))
     got.append(paged.run(Step(decode)))
+    paged.graphs = paged.decode_graphs()  # a row of padding beside the three
+    got.append(paged.run(Step(more)))
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=1e-4)

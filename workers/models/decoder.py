@@ -49,18 +49,20 @@ class Decoder:
         cache: PagedKVCache,
         pool: AdapterPool,
         lora: LoraBatch | None,
+        padding: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states after the last norm.
 
         Args:
-            token_ids, positions: int64 [T].
+            token_ids, positions: int32 or int64 [T].
             lora: the adapter slot of every token; None when no token has an adapter.
+            padding: bool [T, 1], rows that stand for no token; None: there are none.
 
         Returns:
             [T, H]
         """
         x = F.embedding(token_ids, self.embed)
-        step = StepContext(*self.rope.at(positions), attention, cache, pool, lora)
+        step = StepContext(*self.rope.at(positions), attention, cache, pool, lora, padding)
         # The norm behind each addition goes with it.
         after = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         h = add_rms_norm_(x, None, self.layers[0].input_norm, self.eps)
