@@ -5,15 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .expand import add_groups
+from .expand import GROUP, add_groups, read_groups, read_list
 from .launch import pdl_launch_dependents, pdl_wait
-from .shrink import GROUP
 
 
 @triton.jit
 def expand_add_kernel(
     out, sorted_pairs, block_end, num_blocks,
-    pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end, list_length,
+    pool, s, group_count, groups, row_groups, list_length, part_rows,
     s_stride, split_stride, part_stride,
     size_0, size_1, size_2, size_3, out_stride,
     BY_TOKEN: tl.constexpr, ALIGNED: tl.constexpr, SPLITS: tl.constexpr, EK: tl.constexpr,
@@ -28,8 +27,7 @@ def expand_add_kernel(
     if block >= tl.load(num_blocks):
         return
     list_id = block * tl.num_programs(2) + part
-    groups = tl.load(group_count + list_id)
-    if groups == 0:
+    if tl.load(group_count + list_id) == 0:
         return
     size = tl.where(part == 0, size_0, tl.where(part == 1, size_1,
                     tl.where(part == 2, size_2, size_3)))  # fmt: skip
@@ -38,12 +36,16 @@ def expand_add_kernel(
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     row = block * BM + tl.arange(0, BM)
     acc = tl.zeros([BM, BN], tl.float32)
-    for group in tl.range(0, groups, EK // GROUP):
+    lists = (group_count, groups, row_groups, list_length, part_rows)
+    count, first, end, ga, gb, gc, gd = read_list(row, list_id, part, *lists, EK)
+    STEP: tl.constexpr = EK // GROUP
+    for nth in tl.range(0, count, STEP):
+        following = read_groups(groups + list_id * list_length, nth + STEP, count, EK)
         acc = add_groups(
-            acc, s, row, list_id, groups, group, part * part_stride,
-            group_b, group_rank, group_nth, group_first, group_end, list_length,
+            acc, s, row, part * part_stride, first, end, nth, ga, gb, gc, gd,
             pool, n, size, s_stride, split_stride, ALIGNED, SPLITS, EK, DTYPE,
         )  # fmt: skip
+        ga, gb, gc, gd = following
     here = row < tl.load(block_end + block)
     target = row
     if BY_TOKEN:

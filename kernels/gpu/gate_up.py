@@ -10,9 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .expand import add_group, add_groups, group_ahead
+from .expand import GROUP, add_groups, read_groups, read_list
 from .launch import pdl_launch_dependents, pdl_wait
-from .shrink import GROUP
 
 
 @triton.jit
@@ -28,7 +27,7 @@ def swiglu(gate, up, alpha, limit, CLAMPED: tl.constexpr):
 @triton.jit
 def _gate_up_tile(
     x, w13, bias, out, sorted_pairs, expert, block, first_row, end_row, n0,
-    pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end, list_length,
+    pool, s, group_count, groups, row_groups, list_length, part_rows,
     s_stride, split_stride, part_stride,
     hidden, intermediate, top_k, x_stride, out_stride, alpha, limit, w_tiles,
     LORA: tl.constexpr, ALIGNED: tl.constexpr, SPLITS: tl.constexpr, EK: tl.constexpr,
@@ -44,12 +43,10 @@ def _gate_up_tile(
     pair = tl.load(sorted_pairs + row, mask=here, other=0, cache_modifier=".cg")
     x_row = x + (pair // top_k).to(tl.int64)[:, None] * x_stride
     w_gate = w13 + (expert * 2 * intermediate + n)[None, :] * hidden
-    groups = (group_b, group_rank, group_nth, group_first, group_end, list_length)
+    lists = (group_count, groups, row_groups, list_length, part_rows)
     if AHEAD:
-        gate_groups = tl.load(group_count + block * 2)
-        up_groups = tl.load(group_count + block * 2 + 1)
-        gate_ahead = group_ahead(block * 2, gate_groups, *groups)
-        up_ahead = group_ahead(block * 2 + 1, up_groups, *groups)
+        gate_count, gate_first, gate_end, ga, gb, gc, gd = read_list(row, block * 2, 0, *lists, EK)
+        up_count, up_first, up_end, ua, ub, uc, ud = read_list(row, block * 2 + 1, 1, *lists, EK)
     gate = tl.zeros([ROWS, BN], tl.float32)
     up = tl.zeros([ROWS, BN], tl.float32)
     for k0 in range(0, hidden, BK):
@@ -72,47 +69,31 @@ def _gate_up_tile(
         gate = tl.dot(xs, wg, gate, input_precision="ieee")
         up = tl.dot(xs, wu, up, input_precision="ieee")
     if LORA:
-        dtype = x.dtype.element_ty
-        rest = (pool, n, intermediate, s_stride, split_stride)
-        if AHEAD:
-            gate = add_group(gate, s, row, 0, *gate_ahead, *rest, ALIGNED, SPLITS, dtype)
-            up = add_group(up, s, row, part_stride, *up_ahead, *rest, ALIGNED, SPLITS, dtype)
-        else:
+        if not AHEAD:
             pdl_wait(PDL)
-            gate_groups = tl.load(group_count + block * 2)
-            up_groups = tl.load(group_count + block * 2 + 1)
-        most = tl.maximum(gate_groups, up_groups)
-        for nth in tl.range(1 if AHEAD else 0, most, EK // GROUP, num_stages=EXPAND_STAGES):
+            gate_count, gate_first, gate_end, ga, gb, gc, gd = read_list(
+                row, block * 2, 0, *lists, EK
+            )
+            up_count, up_first, up_end, ua, ub, uc, ud = read_list(
+                row, block * 2 + 1, 1, *lists, EK
+            )
+        gate_list = groups + block * 2 * list_length
+        up_list = gate_list + list_length
+        STEP: tl.constexpr = EK // GROUP
+        dtype = x.dtype.element_ty
+        for nth in tl.range(0, tl.maximum(gate_count, up_count), STEP, num_stages=EXPAND_STAGES):
+            next_gate = read_groups(gate_list, nth + STEP, gate_count, EK)
+            next_up = read_groups(up_list, nth + STEP, up_count, EK)
             gate = add_groups(
-                gate,
-                s,
-                row,
-                block * 2,
-                gate_groups,
-                nth,
-                0,
-                *groups,
-                *rest,
-                ALIGNED,
-                SPLITS,
-                EK,
-                dtype,
-            )
+                gate, s, row, 0, gate_first, gate_end, nth, ga, gb, gc, gd,
+                pool, n, intermediate, s_stride, split_stride, ALIGNED, SPLITS, EK, dtype,
+            )  # fmt: skip
             up = add_groups(
-                up,
-                s,
-                row,
-                block * 2 + 1,
-                up_groups,
-                nth,
-                part_stride,
-                *groups,
-                *rest,
-                ALIGNED,
-                SPLITS,
-                EK,
-                dtype,
-            )
+                up, s, row, part_stride, up_first, up_end, nth, ua, ub, uc, ud,
+                pool, n, intermediate, s_stride, split_stride, ALIGNED, SPLITS, EK, dtype,
+            )  # fmt: skip
+            ga, gb, gc, gd = next_gate
+            ua, ub, uc, ud = next_up
     if BIAS:
         bias_gate = bias + expert * 2 * intermediate + n
         gate += tl.load(bias_gate, mask=n < intermediate, other=0.0).to(tl.float32)[None, :]
@@ -128,14 +109,15 @@ def _gate_up_tile(
 def gate_up_kernel(
     x, w13, bias, out,
     sorted_pairs, block_expert, block_end, num_blocks,
-    pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end, list_length,
+    pool, s, group_count, groups, row_groups, list_length, part_rows,
     s_stride, split_stride, part_stride,
     hidden, intermediate, top_k, x_stride, out_stride, alpha, limit,
     w_tiles,
     LORA: tl.constexpr, ALIGNED: tl.constexpr, SPLITS: tl.constexpr, EK: tl.constexpr,
     AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     BIAS: tl.constexpr, CLAMPED: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHORT: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHORT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out [rows, I]; x [T, H], w13 [E, 2I, H]. Programs walk the tiles that there are.
 
@@ -159,8 +141,8 @@ def gate_up_kernel(
         if SHORT and end_row - block * BM <= BM // 2:
             _gate_up_tile(
                 x, w13, bias, out, sorted_pairs, expert, block, block * BM, end_row, n0,
-                pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end,
-                list_length, s_stride, split_stride, part_stride,
+                pool, s, group_count, groups, row_groups, list_length, part_rows,
+                s_stride, split_stride, part_stride,
                 hidden, intermediate, top_k, x_stride, out_stride, alpha, limit, w_tiles,
                 LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES, BIAS, CLAMPED, EVEN, TMA,
                 BM // 2, BN, BK, PDL,
@@ -168,8 +150,8 @@ def gate_up_kernel(
         else:
             _gate_up_tile(
                 x, w13, bias, out, sorted_pairs, expert, block, block * BM, end_row, n0,
-                pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end,
-                list_length, s_stride, split_stride, part_stride,
+                pool, s, group_count, groups, row_groups, list_length, part_rows,
+                s_stride, split_stride, part_stride,
                 hidden, intermediate, top_k, x_stride, out_stride, alpha, limit, w_tiles,
                 LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES, BIAS, CLAMPED, EVEN, TMA,
                 BM, BN, BK, PDL,

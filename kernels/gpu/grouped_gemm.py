@@ -8,22 +8,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .expand import add_group, add_groups, group_ahead
+from .expand import GROUP, add_groups, read_groups, read_list
 from .launch import pdl_launch_dependents, pdl_wait
-from .shrink import GROUP
 
 
 @triton.jit
 def _tile(
     x, w, bias, weights, out, sorted_pairs, expert, block, first_row, end_row, n0,
-    pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end, list_length,
-    s_stride, split_stride,
-    inner, columns, top_k, x_stride, out_stride, w_tiles,
+    pool, s, group_count, groups, row_groups, list_length, part_rows, s_stride, split_stride,
+    inner, columns, top_k, x_stride, out_stride, x_tiles, w_tiles,
     BY_TOKEN: tl.constexpr, TO_PAIR: tl.constexpr, LORA: tl.constexpr, ALIGNED: tl.constexpr,
     SPLITS: tl.constexpr, EK: tl.constexpr, AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     BIAS: tl.constexpr, EVEN: tl.constexpr,
-    TMA: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PDL: tl.constexpr,
+    TMA: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows from `first_row`, BN columns from `n0`."""
     n = n0 + tl.arange(0, BN)
@@ -31,20 +29,26 @@ def _tile(
     row = first_row + tl.arange(0, ROWS)
     here = row < end_row
     source = row
+    target = row
+    if TO_PAIR:  # read ahead of the product, at whose end they would be waited for
+        target = tl.load(sorted_pairs + row, mask=here, other=0, cache_modifier=".cg")
+        weight = tl.load(weights + target, mask=here, other=0.0).to(tl.float32)
     if BY_TOKEN:
         pair = tl.load(sorted_pairs + row, mask=here, other=0, cache_modifier=".cg")
         source = pair // top_k
     x_row = x + source.to(tl.int64)[:, None] * x_stride
     w_row = w + (expert * columns + n)[None, :] * inner
-    groups = (group_b, group_rank, group_nth, group_first, group_end, list_length)
+    lists = (group_count, groups, row_groups, list_length, part_rows)
     if AHEAD:
-        count = tl.load(group_count + block)
-        ahead = group_ahead(block, count, *groups)
+        count, first, end, ga, gb, gc, gd = read_list(row, block, 0, *lists, EK)
     acc = tl.zeros([ROWS, BN], tl.float32)
     for k0 in range(0, inner, BK):
         k = k0 + k_in_tile
         if TMA:
-            xs = tl.load(x_row + k[None, :], mask=here[:, None], other=0.0)
+            if BY_TOKEN or ROWS != BM:
+                xs = tl.load(x_row + k[None, :], mask=here[:, None], other=0.0)
+            else:  # rows beyond the block's end hold anything, and aren't written
+                xs = x_tiles.load([first_row, k0])
             ws = w_tiles.load([(expert * columns).to(tl.int32) + n0, k0]).T
         elif EVEN:
             xs = tl.load(x_row + k[None, :], mask=here[:, None], other=0.0)
@@ -56,24 +60,22 @@ def _tile(
             ws = tl.load(w_row + k[:, None], mask=inside, other=0.0)
         acc = tl.dot(xs, ws, acc, input_precision="ieee")
     if LORA:
-        dtype = x.dtype.element_ty
-        rest = (pool, n, columns, s_stride, split_stride)
-        if AHEAD:
-            acc = add_group(acc, s, row, 0, *ahead, *rest, ALIGNED, SPLITS, dtype)
-        else:
+        if not AHEAD:
             pdl_wait(PDL)
-            count = tl.load(group_count + block)
-        for nth in tl.range(1 if AHEAD else 0, count, EK // GROUP, num_stages=EXPAND_STAGES):
+            count, first, end, ga, gb, gc, gd = read_list(row, block, 0, *lists, EK)
+        STEP: tl.constexpr = EK // GROUP
+        for nth in tl.range(0, count, STEP, num_stages=EXPAND_STAGES):
+            following = read_groups(groups + block * list_length, nth + STEP, count, EK)
             acc = add_groups(
-                acc, s, row, block, count, nth, 0, *groups, *rest, ALIGNED, SPLITS, EK, dtype
-            )
+                acc, s, row, 0, first, end, nth, ga, gb, gc, gd,
+                pool, n, columns, s_stride, split_stride, ALIGNED, SPLITS, EK,
+                x.dtype.element_ty,
+            )  # fmt: skip
+            ga, gb, gc, gd = following
     if BIAS:
         added = tl.load(bias + expert * columns + n, mask=n < columns, other=0.0)
         acc += added.to(tl.float32)[None, :]
-    target = row
     if TO_PAIR:
-        target = tl.load(sorted_pairs + row, mask=here, other=0, cache_modifier=".cg")
-        weight = tl.load(weights + target, mask=here, other=0.0).to(tl.float32)
         acc *= weight[:, None]
     place = out + target.to(tl.int64)[:, None] * out_stride + n[None, :]
     tl.store(place, acc.to(out.dtype.element_ty), mask=here[:, None] & (n < columns)[None, :])
@@ -83,9 +85,8 @@ def _tile(
 def grouped_gemm_kernel(
     x, w, bias, weights, out,
     sorted_pairs, block_expert, block_end, num_blocks,
-    pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end, list_length,
-    s_stride, split_stride,
-    inner, columns, top_k, x_stride, out_stride, w_tiles,
+    pool, s, group_count, groups, row_groups, list_length, part_rows, s_stride, split_stride,
+    inner, columns, top_k, x_stride, out_stride, x_tiles, w_tiles,
     BY_TOKEN: tl.constexpr, TO_PAIR: tl.constexpr, LORA: tl.constexpr, ALIGNED: tl.constexpr,
     SPLITS: tl.constexpr, EK: tl.constexpr, AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     BIAS: tl.constexpr, EVEN: tl.constexpr,
@@ -111,20 +112,20 @@ def grouped_gemm_kernel(
         if SHORT and end_row - block * BM <= BM // 2:
             _tile(
                 x, w, bias, weights, out, sorted_pairs, expert, block, block * BM, end_row, n0,
-                pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end,
-                list_length, s_stride, split_stride,
-                inner, columns, top_k, x_stride, out_stride, w_tiles,
+                pool, s, group_count, groups, row_groups, list_length, part_rows,
+                s_stride, split_stride,
+                inner, columns, top_k, x_stride, out_stride, x_tiles, w_tiles,
                 BY_TOKEN, TO_PAIR, LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES,
-                BIAS, EVEN, TMA, BM // 2, BN, BK, PDL,
+                BIAS, EVEN, TMA, BM, BM // 2, BN, BK, PDL,
             )  # fmt: skip
         else:
             _tile(
                 x, w, bias, weights, out, sorted_pairs, expert, block, block * BM, end_row, n0,
-                pool, s, group_count, group_b, group_rank, group_nth, group_first, group_end,
-                list_length, s_stride, split_stride,
-                inner, columns, top_k, x_stride, out_stride, w_tiles,
+                pool, s, group_count, groups, row_groups, list_length, part_rows,
+                s_stride, split_stride,
+                inner, columns, top_k, x_stride, out_stride, x_tiles, w_tiles,
                 BY_TOKEN, TO_PAIR, LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES,
-                BIAS, EVEN, TMA, BM, BN, BK, PDL,
+                BIAS, EVEN, TMA, BM, BM, BN, BK, PDL,
             )  # fmt: skip
     if LORA and not AHEAD:
         pdl_wait(PDL)  # also programs that found no tile

@@ -181,7 +181,8 @@ def grouped_gemm(
     grouped_gemm_kernel[grid](
         x, w, x if bias is None else bias, x if topk_weights is None else topk_weights, out,
         *batch_args(rows), *expand_args(shrunk, rows.num_blocks),
-        inner, columns, rows.top_k, x.stride(0), out.stride(0), weight_tiles(w, tile),
+        inner, columns, rows.top_k, x.stride(0), out.stride(0),
+        0 if by_token else row_tiles(x, tile, rows.block_size), weight_tiles(w, tile),
         BY_TOKEN=by_token, TO_PAIR=topk_weights is not None, **expand_flags(shrunk, tile),
         BIAS=bias is not None, **gemm_flags(tile, rows, inner, columns),
     )  # fmt: skip
@@ -197,6 +198,13 @@ def weight_tiles(w: torch.Tensor, tile: GemmTile) -> TensorDescriptor | int:
     if not uses_tma(tile, w.shape[2]):
         return 0
     return TensorDescriptor.from_tensor(w.flatten(0, 1), [tile.block_n, tile.block_k])
+
+
+def row_tiles(x: torch.Tensor, tile: GemmTile, block_m: int) -> TensorDescriptor | int:
+    """x [rows, inner] for the copy engine, by blocks."""
+    if not uses_tma(tile, x.shape[1]):
+        return 0
+    return TensorDescriptor.from_tensor(x, [block_m, tile.block_k])
 
 
 def gemm_flags(tile: GemmTile, rows: AlignedBatch, inner: int, columns: int) -> dict:

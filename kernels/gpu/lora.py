@@ -33,8 +33,8 @@ class Shrunk:
     s: torch.Tensor  # [splits, rows, parts * part_stride], scaled; float32 if there are splits
     part_stride: int
     count: torch.Tensor  # int32 [blocks * parts], groups of each list
-    b: torch.Tensor  # int64 [lists * list_length], first element of B's columns in the pool
-    fields: tuple[torch.Tensor, ...]  # int32 [same]: rank, nth group of its run, first row, end row
+    groups: torch.Tensor  # int64 [lists * list_length], packed as expand.py says
+    row_groups: torch.Tensor  # int32 [parts, rows], first and end of each row's own groups
     list_length: int
     aligned: bool  # factors can be read 16 bytes at a time
 
@@ -43,9 +43,9 @@ class Shrunk:
         return self.s.shape[0]
 
     @property
-    def groups(self) -> tuple:
+    def lists(self) -> tuple:
         """Kernel arguments."""
-        return (self.count, self.b, *self.fields, self.list_length)
+        return self.count, self.groups, self.row_groups, self.list_length, self.row_groups.shape[1]
 
 
 def batch_args(batch: AlignedBatch) -> tuple[torch.Tensor, ...]:
@@ -55,8 +55,8 @@ def batch_args(batch: AlignedBatch) -> tuple[torch.Tensor, ...]:
 def expand_args(shrunk: Shrunk | None, any_pointer: torch.Tensor) -> tuple:
     """What a product that adds LoRA in takes; without LoRA any pointer stands in."""
     if shrunk is None:
-        return (any_pointer,) * 8 + (0, 0, 0)
-    return (shrunk.pool, shrunk.s, *shrunk.groups, shrunk.s.stride(1), shrunk.s.stride(0))
+        return (any_pointer,) * 5 + (0, 0, 0, 0)
+    return (shrunk.pool, shrunk.s, *shrunk.lists, shrunk.s.stride(1), shrunk.s.stride(0))
 
 
 def expand_flags(shrunk: Shrunk | None, tile: GemmTile) -> dict:
@@ -108,10 +108,11 @@ def _shrink(
         tile.splits, batch.max_blocks * batch.block_size, parts * part_stride,
         dtype=x.dtype if tile.splits == 1 else torch.float32, device=x.device,
     )  # fmt: skip
-    b = torch.empty(lists * list_length, dtype=torch.int64, device=x.device)
-    numbers = torch.empty(5, lists * list_length, dtype=torch.int32, device=x.device)
+    groups = torch.empty(lists * list_length, dtype=torch.int64, device=x.device)
+    row_groups = torch.empty(parts, s.shape[1], dtype=torch.int32, device=x.device)
+    count = torch.empty(lists, dtype=torch.int32, device=x.device)
     shrunk = Shrunk(
-        tables.pool, s, part_stride, numbers[4], b, tuple(numbers[:4]), list_length,
+        tables.pool, s, part_stride, count, groups, row_groups, list_length,
         tables.rank_multiple % 8 == 0,
     )  # fmt: skip
     layout = tables.layout if isinstance(tables, ExpertLoraTables) else tables.rank
@@ -122,7 +123,7 @@ def _shrink(
     grid = (batch.max_blocks * (tile.groups + 1), projections, tile.splits)
     shrink_kernel[grid](
         x, *batch_args(batch), segments.count, segments.slot, segments.first_row,
-        tables.pool, *offsets, tables.rank, tables.scale, layout, s, *shrunk.groups,
+        tables.pool, *offsets, tables.rank, tables.scale, layout, s, *shrunk.lists,
         x.shape[1], gate_size, batch.top_k, offsets[0].shape[1], x.stride(0), s.stride(1),
         s.stride(0), part_stride,
         KIND=kind, A_TRANSPOSED=transposed, FUSED_BIT=FUSED_GATE_UP, SHARED_BIT=shared_bit,
@@ -141,7 +142,7 @@ def expand_(
     grid = (batch.max_blocks, cdiv(max(sizes), block_n), len(sizes))
     expand_add_kernel[grid](
         out, batch.sorted_pairs, batch.block_end, batch.num_blocks,
-        shrunk.pool, shrunk.s, *shrunk.groups, shrunk.s.stride(1), shrunk.s.stride(0),
+        shrunk.pool, shrunk.s, *shrunk.lists, shrunk.s.stride(1), shrunk.s.stride(0),
         shrunk.part_stride, *sizes, *(0,) * (MAX_PROJECTIONS - len(sizes)), out.stride(0),
         BY_TOKEN=by_token, ALIGNED=shrunk.aligned, SPLITS=shrunk.splits, EK=32,
         BM=batch.block_size, BN=block_n, DTYPE=TRITON_TYPES[out.dtype], PDL=USE_PDL,

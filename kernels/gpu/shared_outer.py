@@ -15,9 +15,10 @@ import triton.language as tl
 from ..aligned import AlignedBatch
 from ..lora_batch import LoraBatch
 from ..lora_tables import FUSED_GATE_UP, SHARED_A13, SHARED_B2, ExpertLoraTables
+from .expand import GROUP
 from .launch import USE_PDL, cdiv, next_power_of_2, pdl_launch_dependents, pdl_wait
 from .lora import TRITON_TYPES, Shrunk, token_blocks
-from .shrink import GROUP, run_rows
+from .shrink import run_rows
 
 _BLOCK = 16  # tokens of a block
 
@@ -205,12 +206,15 @@ def combine_shared_kernel(
                 for nth_k in range(0, top_k):
                     pair = token * top_k + nth_k
                     expert = tl.load(topk_ids + pair, mask=mine, other=-1).to(tl.int32)
-                    here = (expert >= 0) & (expert < num_experts)
+                    known = (expert >= 0) & (expert < num_experts)
                     entry = slot.to(tl.int64) * num_experts + expert
-                    here &= tl.load(offset_a + entry, mask=here, other=-1) >= 0
-                    here &= tl.load(offset_b + entry, mask=here, other=-1) >= 0
-                    weight = tl.load(weights + pair, mask=here, other=0.0).to(tl.float32)
-                    row = tl.load(row_of_pair + pair, mask=here, other=0).to(tl.int64)
+                    # All under one mask: Triton 3.6 can't compile a load under a mask that another
+                    # load has narrowed.
+                    a_at = tl.load(offset_a + entry, mask=known, other=-1)
+                    b_at = tl.load(offset_b + entry, mask=known, other=-1)
+                    weight = tl.load(weights + pair, mask=known, other=0.0).to(tl.float32)
+                    row = tl.load(row_of_pair + pair, mask=known, other=0).to(tl.int64)
+                    here = known & (a_at >= 0) & (b_at >= 0)
                     inside = here[:, None] & (r < rank)[None, :]
                     for split in tl.static_range(SPLITS):
                         shrunk_at = s + split * split_stride + row[:, None] * s_stride + r[None, :]

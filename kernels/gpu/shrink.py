@@ -1,7 +1,7 @@
 """Shrink: s = scale * A x for every run of rows with one adapter, whatever its rank.
 
-Its last program of each block lists for the expand after it where each run's B lies, in groups of
-GROUP ranks, so that the expand reads one short list instead of the tables.
+Its last program of each block writes the lists that the expand after it reads instead of the
+tables (expand.py).
 
 s is accumulated and scaled in float32, and rounded once, for the expand's dot. Where the inner
 dimension is split, each split writes a float32 part of its own and the expand sums them: no
@@ -13,14 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .expand import GROUP, pack_group
 from .launch import pdl_launch_dependents, pdl_wait
 
 # Which factor is read, and which row of x belongs to a sorted row.
 GATE_UP = tl.constexpr(0)  # A13 of an expert; x [T, H] by the row's token
 DOWN = tl.constexpr(1)  # A2 of an expert, transposed; x [rows, I] by the row itself
 DENSE = tl.constexpr(2)  # A of a dense projection; x [T, in] by the row's token
-
-GROUP = tl.constexpr(16)  # ranks of a group: the least inner dimension that a dot takes
 
 
 @triton.jit
@@ -33,20 +32,24 @@ def run_rows(nth, count, end_row, place):
 
 @triton.jit
 def _list_part(
-    list_id, first, end, b, rank, group_count, group_b, group_rank, group_nth, group_first,
-    group_end, list_length,
+    list_id, part, block, first, end, b, rank, group_count, groups, row_groups, list_length,
+    part_rows, BM: tl.constexpr,
 ):  # fmt: skip
-    """Write one list of groups: those of a block's runs [BM] in order."""
-    groups = (rank + GROUP - 1) // GROUP
-    place = list_id * list_length + tl.cumsum(groups, 0) - groups
-    tl.store(group_count + list_id, tl.sum(groups, 0))
-    for nth in range(0, tl.max(groups, 0)):
-        here = nth < groups
-        tl.store(group_b + place + nth, b + nth * GROUP, mask=here)
-        tl.store(group_rank + place + nth, rank, mask=here)
-        tl.store(group_nth + place + nth, tl.zeros_like(rank) + nth, mask=here)
-        tl.store(group_first + place + nth, first, mask=here)
-        tl.store(group_end + place + nth, end, mask=here)
+    """Write one list: the groups of a block's runs [BM] in order, and which are each row's own."""
+    in_run = (rank + GROUP - 1) // GROUP
+    end_group = tl.cumsum(in_run, 0)
+    first_group = end_group - in_run
+    tl.store(group_count + list_id, tl.sum(in_run, 0))
+    place = groups + list_id * list_length + first_group
+    for nth in range(0, tl.max(in_run, 0)):
+        packed = pack_group(b + nth * GROUP, rank, rank - nth * GROUP)
+        tl.store(place + nth, packed, mask=nth < in_run)
+    own = tl.where(in_run > 0, first_group | (end_group << 16), 0)
+    ROWS: tl.constexpr = 32 if BM > 32 else BM  # a matrix of runs by rows at a time
+    for from_row in range(0, BM, ROWS):
+        row = block * BM + from_row + tl.arange(0, ROWS)
+        of_row = (row[None, :] >= first[:, None]) & (row[None, :] < end[:, None])
+        tl.store(row_groups + part * part_rows + row, tl.sum(tl.where(of_row, own[:, None], 0), 0))
 
 
 @triton.jit
@@ -54,7 +57,7 @@ def shrink_kernel(
     x, sorted_pairs, block_expert, block_end, num_blocks,
     segment_count, segment_slot, segment_first,
     pool, offset_a, offset_b, ranks, scales, layout, s,
-    group_count, group_b, group_rank, group_nth, group_first, group_end, list_length,
+    group_count, groups, row_groups, list_length, part_rows,
     inner, out_size, top_k, table_columns, x_stride, s_stride, split_stride, part_stride,
     KIND: tl.constexpr, A_TRANSPOSED: tl.constexpr, FUSED_BIT: tl.constexpr,
     SHARED_BIT: tl.constexpr, ALIGNED: tl.constexpr, PROGRAMS: tl.constexpr, SPLITS: tl.constexpr,
@@ -93,24 +96,18 @@ def shrink_kernel(
             if KIND == DOWN and SHARED_BIT != 0:
                 bits = tl.load(layout + slot, mask=present, other=0)
                 present &= (bits & SHARED_BIT) == 0
+            lists = (group_count, groups, row_groups, list_length, part_rows)
             if KIND == GATE_UP:
                 gate = tl.load(ranks + entry * 3, mask=present, other=0)
                 up = tl.load(ranks + entry * 3 + 1, mask=present, other=0)
-                _list_part(
-                    block * 2, first, end, b, gate, group_count, group_b, group_rank,
-                    group_nth, group_first, group_end, list_length,
-                )  # fmt: skip
-                _list_part(
-                    block * 2 + 1, first, end, b + gate.to(tl.int64) * out_size, up, group_count,
-                    group_b, group_rank, group_nth, group_first, group_end, list_length,
-                )  # fmt: skip
+                up_b = b + gate.to(tl.int64) * out_size
+                _list_part(block * 2, 0, block, first, end, b, gate, *lists, BM)
+                _list_part(block * 2 + 1, 1, block, first, end, up_b, up, *lists, BM)
             else:
                 entry_rank = entry * 3 + 2 if KIND == DOWN else entry
                 rank = tl.load(ranks + entry_rank, mask=present, other=0)
-                _list_part(
-                    block * tl.num_programs(1) + projection, first, end, b, rank, group_count,
-                    group_b, group_rank, group_nth, group_first, group_end, list_length,
-                )  # fmt: skip
+                list_id = block * tl.num_programs(1) + projection
+                _list_part(list_id, projection, block, first, end, b, rank, *lists, BM)
         return
 
     part = tl.cdiv(inner, SPLITS * BK) * BK

@@ -39,8 +39,8 @@ SHAPES = {
 TOKENS = (1, 8, 32, 64, 256, 1024, 8192)
 # Ranks at a time, pipeline stages, whether the first group is looked up ahead.
 EXPANDS = (
-    (16, 3, False), (32, 1, False), (64, 1, False), (64, 3, False), (16, 3, True), (32, 1, True),
-    (64, 1, True), (64, 3, True), (128, 1, True),
+    (16, 3, False), (32, 3, False), (64, 1, False), (64, 3, False), (16, 3, True), (32, 3, True),
+    (64, 3, True),
 )  # fmt: skip
 
 
@@ -57,11 +57,10 @@ def _gemm_tiles(block_m: int) -> list[GemmTile]:
     return [
         GemmTile(n, k, warps, stages, persistent, tma=tma)
         for n, k, warps, stages, persistent, tma in (
-            (64, 64, 4, 3, 0, False), (64, 64, 4, 3, 0, True), (128, 64, 4, 3, 0, False),
+            (64, 64, 4, 3, 0, False), (128, 64, 4, 3, 0, False), (128, 64, 4, 3, 0, True),
             (128, 64, 8, 3, 0, False), (128, 64, 8, 4, 0, False), (128, 64, 8, 3, 0, True),
-            (128, 64, 8, 4, 0, True), (128, 64, 8, 4, 1, True), (256, 64, 8, 3, 0, False),
-            (256, 64, 8, 4, 0, False), (256, 64, 8, 3, 0, True), (256, 64, 8, 4, 0, True),
-            (256, 64, 8, 3, 1, True), (128, 128, 8, 2, 0, True),
+            (128, 64, 8, 4, 0, True), (256, 64, 8, 3, 0, False), (256, 64, 8, 4, 0, False),
+            (256, 64, 8, 3, 0, True), (256, 64, 8, 4, 0, True), (256, 64, 8, 3, 1, True),
         )
     ]  # fmt: skip
 
@@ -78,9 +77,9 @@ def _shrink_tiles(block_m: int) -> list[ShrinkTile]:
     return [
         ShrinkTile(groups, rows, k, 1, warps, stages)
         for groups, rows, k, warps, stages in (
-            (2, 16, 128, 4, 3), (4, 16, 128, 4, 3), (8, 16, 128, 4, 3), (4, 32, 128, 4, 3),
-            (4, 32, 64, 4, 4), (2, 32, 128, 4, 3), (2, 64, 64, 4, 3), (2, 64, 64, 4, 5),
-            (1, 128, 64, 4, 3), (1, 128, 64, 8, 4), (2, 64, 128, 4, 2),
+            (4, 16, 128, 4, 3), (8, 16, 128, 4, 3), (16, 16, 128, 4, 3), (8, 16, 256, 4, 2),
+            (4, 32, 128, 4, 3), (2, 32, 128, 4, 3), (2, 64, 64, 4, 3), (2, 64, 64, 4, 5),
+            (1, 128, 64, 4, 3), (2, 64, 128, 4, 2),
         )
     ]  # fmt: skip
 

@@ -1,0 +1,141 @@
+"""Compiles every kernel for a Hopper GPU, on a machine without one:
+
+python tests/kernels/triton/compile_case.py
+
+Triton's interpreter takes more than its compiler does. Here layers run as they would on a GPU, but
+a launch ends once its kernel is machine code; what the tensors hold doesn't matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest import mock
+
+import torch
+
+# What a Hopper GPU would be asked for when the kernels' modules are imported.
+with (
+    mock.patch("torch.cuda.is_available", return_value=True),
+    mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
+):
+    from loraplex.kernels import (
+        DenseLoraTables,
+        ExpertLoraTables,
+        LoraBatch,
+        MoeRunner,
+        MoeWeights,
+    )
+    from loraplex.kernels.gpu import FusedBackend, GemmTile, HookedBackend, MoeTiles, ShrinkTile
+    from loraplex.kernels.gpu.lora import lora_linear_
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+SHARED_MEMORY = 232_448  # bytes that a block may use on Hopper
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 512, 256, 8, 2
+SLOTS = 4
+
+
+class Hopper:
+    """As much of a driver as compiling takes."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+run_kernel = JITFunction.run
+compiled: dict[str, str] = {}  # names by hash
+
+
+def compile_only(self, *args, grid, warmup, **kwargs):
+    kernel = run_kernel(self, *args, grid=grid, warmup=True, **kwargs)
+    if kernel.hash not in compiled:
+        compiled[kernel.hash] = self.__name__
+        used = kernel.metadata.shared
+        print(f"{self.__name__}: {used} bytes of shared memory", flush=True)
+        if used > SHARED_MEMORY:
+            raise SystemExit(f"{self.__name__} needs {used} bytes of shared memory")
+
+
+def tables(dtype: torch.dtype, shared_outer: bool) -> ExpertLoraTables:
+    entry = (SLOTS, EXPERTS)
+    offsets = [torch.zeros(entry, dtype=torch.int64) for _ in range(4)]
+    return ExpertLoraTables(
+        torch.zeros(1 << 16, dtype=dtype),
+        *offsets,
+        rank=torch.full((*entry, 3), 16, dtype=torch.int32),
+        scale=torch.ones(*entry, 3),
+        layout=torch.zeros(SLOTS, dtype=torch.int32),
+        max_rank=64,
+        rank_multiple=8,
+        shared_outer=shared_outer,
+    )
+
+
+def layers(dtype: torch.dtype, tokens: int, tiles: MoeTiles, shared_outer: bool = False) -> None:
+    weights = MoeWeights(
+        torch.zeros(EXPERTS, 2 * INTERMEDIATE, HIDDEN, dtype=dtype),
+        torch.zeros(EXPERTS, HIDDEN, INTERMEDIATE, dtype=dtype),
+    )
+    x = torch.zeros(tokens, HIDDEN, dtype=dtype)
+    ids = torch.zeros(tokens, TOP_K, dtype=torch.int32)
+    args = (x, weights, torch.ones(tokens, TOP_K), ids)
+    batch = LoraBatch(torch.zeros(tokens, dtype=torch.int32), None)
+    for backend in (FusedBackend(tiles), HookedBackend(tiles)):
+        MoeRunner(backend)(*args)
+        MoeRunner(backend)(*args, tables(dtype, shared_outer), batch)
+
+
+def dense(dtype: torch.dtype, tokens: int) -> None:
+    entry = (SLOTS, 3)
+    lora = DenseLoraTables(
+        torch.zeros(1 << 16, dtype=dtype),
+        torch.zeros(entry, dtype=torch.int64),
+        torch.zeros(entry, dtype=torch.int64),
+        rank=torch.full(entry, 16, dtype=torch.int32),
+        scale=torch.ones(entry),
+        out_sizes=(256, 64, 64),
+        max_rank=64,
+        rank_multiple=8,
+    )
+    batch = LoraBatch(torch.zeros(tokens, dtype=torch.int32), None)
+    lora_linear_(torch.zeros(tokens, 384, dtype=dtype), torch.zeros(tokens, HIDDEN, dtype=dtype),
+                 lora, batch)  # fmt: skip
+
+
+def main() -> None:
+    decode = MoeTiles(
+        16, GemmTile(64, 128, 4, 3), GemmTile(64, 128, 4, 3),
+        ShrinkTile(4, 16, 128, 4), ShrinkTile(4, 16, 128, 2),
+    )  # fmt: skip
+    wide, tall = GemmTile(128, 64, 8, 4, tma=True), ShrinkTile(2, 64, 64, 1)
+    prefill = MoeTiles(128, wide, replace(wide, block_n=256, expand_k=64, short=True), tall, tall)
+    ahead = {"expand_ahead": True, "expand_k": 16}
+    persistent = MoeTiles(
+        128,
+        replace(wide, stages=3, persistent=1, **ahead),
+        replace(wide, block_n=256, stages=3, persistent=1, **ahead),
+        tall,
+        tall,
+    )
+    bf16 = torch.bfloat16
+    layers(bf16, 8, decode, shared_outer=True)
+    layers(torch.float16, 8, decode)
+    layers(bf16, 4096, prefill)
+    layers(bf16, 4096, persistent)
+    for tokens in (8, 512, 4096):
+        dense(bf16, tokens)
+    print(f"{len(compiled)} kernels compiled")
+
+
+if __name__ == "__main__":
+    driver.set_active(Hopper())  # pyright: ignore[reportArgumentType]
+    JITFunction.run = compile_only
+    main()
