@@ -30,6 +30,7 @@ from .reference import (
     moe_reference,
 )
 from .runner import MoeBackend, MoeRunner
+from .softmax_topk import softmax_topk
 from .torch_backend import TorchBackend
 
 __all__ = [
@@ -64,5 +65,6 @@ __all__ = [
     "moe_reference",
     "paged_attention",
     "qkv_prepare",
+    "softmax_topk",
     "write_kv",
 ]

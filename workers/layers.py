@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..kernels import LoraBatch, MoeRunner, MoeWeights, lora_linear_
+from ..kernels import LoraBatch, MoeRunner, MoeWeights, lora_linear_, softmax_topk
 from .adapter_pool import AdapterPool
 from .attention import AttentionBatch, PagedBatch, PagedKVCache
 from .comm import Comm
@@ -42,22 +42,6 @@ class RotaryEmbedding:
         y = x.float()
         turned = torch.cat([-y[..., half:], y[..., :half]], dim=-1)
         return (y * cos + turned * sin).to(x.dtype)
-
-
-def route(logits: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax routing.
-
-    Args:
-        logits: [T, E]
-
-    Returns:
-        weights float32 [T, K] and expert ids int32 [T, K].
-    """
-    probs = torch.softmax(logits.float(), dim=-1)
-    weights, ids = probs.topk(top_k, dim=-1)
-    if renormalise:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights, ids.to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -199,11 +183,14 @@ class MoeBlock:
     local_ids: torch.Tensor | None = None
 
     def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
-        weights, ids = route(F.linear(h, self.router), self.top_k, self.norm_topk_prob)
-        if self.local_ids is not None:
+        logits = F.linear(h, self.router)
+        if self.local_ids is None:
+            weights, ids = softmax_topk(logits, self.top_k, self.norm_topk_prob, step.padding)
+        else:
+            weights, ids = softmax_topk(logits, self.top_k, self.norm_topk_prob)
             ids = self.local_ids.index_select(0, ids.reshape(-1)).view(ids.shape)
-        if step.padding is not None:
-            ids = ids.masked_fill(step.padding, -1)
+            if step.padding is not None:
+                ids = ids.masked_fill(step.padding, -1)
         y = self.runner(h, self.experts, weights, ids, step.pool.experts[n], step.lora)
         if self.shared is not None:
             y = y + self.shared(n, h, step)

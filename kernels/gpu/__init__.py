@@ -8,6 +8,7 @@ from .least_kept import least_kept
 from .lora import lora_linear_
 from .paged_attention import paged_attention, write_kv
 from .qkv_prepare import qkv_prepare
+from .softmax_topk import softmax_topk
 from .tiles import GemmTile, MoeShape, MoeTiles, ShrinkTile
 
 FUSED = FusedBackend()
@@ -26,5 +27,6 @@ __all__ = [
     "lora_linear_",
     "paged_attention",
     "qkv_prepare",
+    "softmax_topk",
     "write_kv",
 ]
