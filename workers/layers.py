@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..kernels import LoraBatch, MoeRunner, MoeWeights, lora_linear_, softmax_topk
+from ..kernels import LoraBatch, MoeRunner, MoeWeights, lora_linear, softmax_topk
 from .adapter_pool import AdapterPool
 from .attention import AttentionBatch, PagedBatch, PagedKVCache
 from .comm import Comm
@@ -116,13 +116,9 @@ class Attention:
     norm: QkNorm | None
 
     def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
-        qkv = F.linear(h, self.qkv, self.qkv_bias)
-        if step.lora is not None:
-            lora_linear_(qkv, h, step.pool.qkv[n], step.lora)
+        qkv = lora_linear(h, self.qkv, self.qkv_bias, step.pool.qkv[n], step.lora)
         o = step.cache.read(n, self._prepare(n, qkv, step), step.attention)
-        y = F.linear(o, self.o)
-        if step.lora is not None:
-            lora_linear_(y, o, step.pool.o[n], step.lora)
+        y = lora_linear(o, self.o, None, step.pool.o[n], step.lora)
         return self.comm.all_reduce(y)
 
     def _prepare(self, n: int, qkv: torch.Tensor, step: StepContext) -> torch.Tensor:
@@ -153,14 +149,10 @@ class SharedExpert:
 
     def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
         """This rank's part of the sum."""
-        gate_up = F.linear(h, self.gate_up)
-        if step.lora is not None:
-            lora_linear_(gate_up, h, step.pool.shared_gate_up[n], step.lora)
+        gate_up = lora_linear(h, self.gate_up, None, step.pool.shared_gate_up[n], step.lora)
         gate, up = gate_up.chunk(2, dim=-1)
         x = F.silu(gate) * up
-        y = F.linear(x, self.down)
-        if step.lora is not None:
-            lora_linear_(y, x, step.pool.shared_down[n], step.lora)
+        y = lora_linear(x, self.down, None, step.pool.shared_down[n], step.lora)
         return torch.sigmoid(F.linear(h, self.gate)) * y
 
 

@@ -1,4 +1,4 @@
-"""Softmax and top-k of the router's logits in one launch: a program a token, the largest in turn."""
+"""Softmax and top-k of the router's logits in one launch: a program a token."""
 
 from __future__ import annotations
 
