@@ -5,7 +5,7 @@ from .align import moe_lora_align_block_size
 from .aligned import AlignedBatch, BlockSegments
 from .attention import paged_attention, write_kv
 from .backends import backend_for
-from .dense_lora import lora_linear_
+from .dense_lora import lora_linear, lora_linear_
 from .least_kept import least_kept
 from .lora_batch import TUNED_ADAPTERS, LoraBatch
 from .lora_tables import (
@@ -30,6 +30,7 @@ from .reference import (
     moe_reference,
 )
 from .runner import MoeBackend, MoeRunner
+from .softmax_topk import softmax_topk
 from .torch_backend import TorchBackend
 
 __all__ = [
@@ -58,11 +59,13 @@ __all__ = [
     "gather_dense_factors",
     "gather_factors",
     "least_kept",
+    "lora_linear",
     "lora_linear_",
     "lora_linear_reference",
     "moe_lora_align_block_size",
     "moe_reference",
     "paged_attention",
     "qkv_prepare",
+    "softmax_topk",
     "write_kv",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .backends import gpu
 from .checks import check
@@ -27,17 +28,9 @@ def lora_linear_(
     Raises:
         ValueError: an argument has a wrong shape, dtype or device.
     """
-    num_tokens = lora_batch.token_slot.shape[0]
-    check("x", x, shape=(num_tokens, None))
-    wanted = (num_tokens, sum(tables.out_sizes))
+    _check_dense(x, tables, lora_batch)
+    wanted = (x.shape[0], sum(tables.out_sizes))
     check("out", out, shape=wanted, dtype=x.dtype, device=x.device)
-    check("tables.pool", tables.pool, shape=(None,), device=x.device)
-    check_max_rank(tables.max_rank)
-    if tables.rank.shape[1] != len(tables.out_sizes):
-        raise ValueError(
-            f"tables.rank must have a column for each of the {len(tables.out_sizes)} out_sizes, "
-            f"got shape {list(tables.rank.shape)}"
-        )
     if x.device.type != "cpu":
         gpu().lora_linear_(out, x, tables, lora_batch)
         return
@@ -58,6 +51,41 @@ def lora_linear_(
     rows = out[order]
     add_low_rank_(rows, x[order], tables.pool, shrinks, expands, tables.a_transposed)
     out[order] = rows
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tables: DenseLoraTables,
+    lora_batch: LoraBatch | None,
+) -> torch.Tensor:
+    """x [T, in] W^T + bias, and each token's adapter on top: [T, sum(out_sizes)].
+
+    Args:
+        weight: [sum(out_sizes), in], of the projections under each other.
+        lora_batch: None: no token has an adapter.
+        For the others and for errors, see `lora_linear_`.
+    """
+    if lora_batch is None:
+        return F.linear(x, weight, bias)
+    if x.device.type != "cpu":
+        _check_dense(x, tables, lora_batch)
+        return gpu().lora_linear(x, weight, bias, tables, lora_batch)
+    out = F.linear(x, weight, bias)
+    lora_linear_(out, x, tables, lora_batch)
+    return out
+
+
+def _check_dense(x: torch.Tensor, tables: DenseLoraTables, lora_batch: LoraBatch) -> None:
+    check("x", x, shape=(lora_batch.token_slot.shape[0], None))
+    check("tables.pool", tables.pool, shape=(None,), device=x.device)
+    check_max_rank(tables.max_rank)
+    if tables.rank.shape[1] != len(tables.out_sizes):
+        raise ValueError(
+            f"tables.rank must have a column for each of the {len(tables.out_sizes)} out_sizes, "
+            f"got shape {list(tables.rank.shape)}"
+        )
 
 
 def _products(tables: DenseLoraTables, segments: HostSegments) -> tuple[Shrinks, Expands] | None:

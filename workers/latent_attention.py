@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from ..kernels import lora_linear_
+from ..kernels import lora_linear
 from .comm import Comm
 from .layers import StepContext, rms_norm
 from .rope import RotaryEmbedding
@@ -41,16 +40,12 @@ class LatentAttention:
     def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
         heads, _, latent = self.k_up.shape
         tables = step.pool.dense[n]
-        qkv = F.linear(h, self.qkv)
-        if step.lora is not None:
-            lora_linear_(qkv, h, tables["qkv"], step.lora)
+        qkv = lora_linear(h, self.qkv, None, tables["qkv"], step.lora)
         rope = step.cos.shape[-1]
         q, c, k_rope = qkv.split((qkv.shape[-1] - latent - rope, latent, rope), dim=-1)
         if self.q_norm is not None and self.q_b is not None:
             q_latent = rms_norm(q, self.q_norm, _LATENT_NORM_EPS)
-            q = F.linear(q_latent, self.q_b)
-            if step.lora is not None:
-                lora_linear_(q, q_latent, tables["q_b"], step.lora)
+            q = lora_linear(q_latent, self.q_b, None, tables["q_b"], step.lora)
         q_nope, q_rope = q.unflatten(-1, (heads, -1)).tensor_split((-rope,), dim=-1)
         to_latent = torch.bmm(q_nope.transpose(0, 1), self.k_up).transpose(0, 1)
         queries = torch.cat([to_latent, _rotated(q_rope, step)], dim=-1)  # [T, heads, C + rope]
@@ -59,9 +54,7 @@ class LatentAttention:
         of_latents = step.cache.attend(n, queries, keys, None, step.attention, scale=self.scale)
         of_latents = of_latents.unflatten(-1, (heads, latent)).transpose(0, 1)
         values = torch.bmm(of_latents, self.v_up).transpose(0, 1).flatten(1)  # [T, heads * value]
-        y = F.linear(values, self.o)
-        if step.lora is not None:
-            lora_linear_(y, values, tables["o"], step.lora)
+        y = lora_linear(values, self.o, None, tables["o"], step.lora)
         return self.comm.all_reduce(y)
 
 

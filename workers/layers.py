@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..kernels import LoraBatch, MoeRunner, MoeWeights, lora_linear_
+from ..kernels import LoraBatch, MoeRunner, MoeWeights, lora_linear
 from .adapter_pool import AdapterPool
 from .attention import AttentionBatch, PagedBatch, PagedKVCache
 from .comm import Comm
@@ -102,14 +102,11 @@ class Attention:
     sinks: torch.Tensor | None = None  # [heads]
 
     def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
-        qkv = F.linear(h, self.qkv, self.qkv_bias)
-        if step.lora is not None:
-            lora_linear_(qkv, h, step.pool.dense[n]["qkv"], step.lora)
-        q = self._prepare(n, qkv, step)
+        q = self._prepare(
+            n, lora_linear(h, self.qkv, self.qkv_bias, step.pool.dense[n]["qkv"], step.lora), step
+        )
         o = step.cache.read(n, q, step.attention, window=self.window, sinks=self.sinks)
-        y = F.linear(o, self.o, self.o_bias)
-        if step.lora is not None:
-            lora_linear_(y, o, step.pool.dense[n]["o"], step.lora)
+        y = lora_linear(o, self.o, self.o_bias, step.pool.dense[n]["o"], step.lora)
         return self.comm.all_reduce(y)
 
     def _prepare(self, n: int, qkv: torch.Tensor, step: StepContext) -> torch.Tensor:
@@ -140,14 +137,9 @@ class Mlp:
 
     def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
         """This rank's part of the sum."""
-        gate_up = F.linear(h, self.gate_up)
-        if step.lora is not None:
-            lora_linear_(gate_up, h, step.pool.dense[n]["gate_up"], step.lora)
+        gate_up = lora_linear(h, self.gate_up, None, step.pool.dense[n]["gate_up"], step.lora)
         gate, up = gate_up.chunk(2, dim=-1)
-        x = F.silu(gate) * up
-        y = F.linear(x, self.down)
-        if step.lora is not None:
-            lora_linear_(y, x, step.pool.dense[n]["down"], step.lora)
+        y = lora_linear(F.silu(gate) * up, self.down, None, step.pool.dense[n]["down"], step.lora)
         return y if self.gate is None else torch.sigmoid(F.linear(h, self.gate)) * y
 
 
@@ -182,11 +174,13 @@ class MoeBlock:
 
     def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
         logits = F.linear(h.to(self.router.dtype), self.router, self.router_bias)
-        weights, ids = self.routing(logits)
-        if self.local_ids is not None:
+        if self.local_ids is None:
+            weights, ids = self.routing(logits, step.padding)
+        else:
+            weights, ids = self.routing(logits)
             ids = self.local_ids.index_select(0, ids.reshape(-1)).view(ids.shape)
-        if step.padding is not None:
-            ids = ids.masked_fill(step.padding, -1)
+            if step.padding is not None:
+                ids = ids.masked_fill(step.padding, -1)
         y = self.runner(h, self.experts, weights, ids, step.pool.experts[n], step.lora)
         if self.shared is not None:
             y = y + self.shared(n, h, step)

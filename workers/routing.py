@@ -7,13 +7,19 @@ from typing import Protocol
 
 import torch
 
+from ..kernels import softmax_topk
 from .deepseek_config import RoutingGroups
 
 
 class Routing(Protocol):
-    """logits [T, E] -> weights float32 [T, K] and expert ids int32 [T, K]."""
+    """logits [T, E] -> weights float32 [T, K] and expert ids int32 [T, K].
 
-    def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    `padding`, bool [T, 1], names rows that stand for no token: their ids are -1.
+    """
+
+    def __call__(
+        self, logits: torch.Tensor, padding: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -23,12 +29,10 @@ class SoftmaxRouting:
     top_k: int
     renormalise: bool
 
-    def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        probs = torch.softmax(logits.float(), dim=-1)
-        weights, ids = probs.topk(self.top_k, dim=-1)
-        if self.renormalise:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return weights, ids.to(torch.int32)
+    def __call__(
+        self, logits: torch.Tensor, padding: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return softmax_topk(logits, self.top_k, self.renormalise, padding)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,9 @@ class GroupRouting:
     groups: RoutingGroups
     bias: torch.Tensor | None  # float32 [E], counts in the choice alone
 
-    def __call__(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, logits: torch.Tensor, padding: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         limits, x = self.groups, logits.float()
         scores = x.sigmoid() if limits.scores == "sigmoid" else x.softmax(dim=-1)
         choice = scores if self.bias is None else scores + self.bias
@@ -57,4 +63,7 @@ class GroupRouting:
         weights = scores.gather(-1, ids)
         if self.renormalise:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return weights * limits.scaling, ids.to(torch.int32)
+        ids = ids.to(torch.int32)
+        if padding is not None:
+            ids = ids.masked_fill(padding, -1)
+        return weights * limits.scaling, ids

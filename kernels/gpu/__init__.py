@@ -5,9 +5,10 @@ from .align import align
 from .fused import FusedBackend
 from .hooked import HookedBackend
 from .least_kept import least_kept
-from .lora import lora_linear_
+from .lora import lora_linear, lora_linear_
 from .paged_attention import paged_attention, write_kv
 from .qkv_prepare import qkv_prepare
+from .softmax_topk import softmax_topk
 from .tiles import GemmTile, MoeShape, MoeTiles, ShrinkTile
 
 FUSED = FusedBackend()
@@ -23,8 +24,10 @@ __all__ = [
     "add_rms_norm_",
     "align",
     "least_kept",
+    "lora_linear",
     "lora_linear_",
     "paged_attention",
     "qkv_prepare",
+    "softmax_topk",
     "write_kv",
 ]

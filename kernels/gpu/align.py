@@ -23,7 +23,7 @@ from .launch import USE_PDL, cdiv, next_power_of_2
 # Up to this many pairs one launch, in which every expert's program reads all ids, is faster than
 # the four launches of a chunked counting sort.
 ONE_LAUNCH_PAIRS = 4096
-CHUNK_PAIRS = 256  # pairs that one program of the chunked sort counts and scatters
+CHUNK_PAIRS = 128  # pairs that one program of the chunked sort counts and scatters
 
 
 def align(

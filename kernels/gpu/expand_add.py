@@ -24,33 +24,35 @@ def expand_add_kernel(
     part = tl.program_id(2)
     pdl_wait(PDL)
     pdl_launch_dependents(PDL)
-    if block >= tl.load(num_blocks):
-        return
-    list_id = block * tl.num_programs(2) + part
-    if tl.load(group_count + list_id) == 0:
-        return
-    size = tl.where(part == 0, size_0, tl.where(part == 1, size_1,
-                    tl.where(part == 2, size_2, size_3)))  # fmt: skip
-    first_column = tl.where(part > 0, size_0, 0) + tl.where(part > 1, size_1, 0)
-    first_column += tl.where(part > 2, size_2, 0)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    # What hangs on no other look-up first, so that it is in flight together; of a block that there
+    # isn't, it is read and not used.
     row = block * BM + tl.arange(0, BM)
-    acc = tl.zeros([BM, BN], tl.float32)
-    lists = (group_count, groups, row_groups, list_length, part_rows)
-    count, first, end, ga, gb, gc, gd = read_list(row, list_id, part, *lists, EK)
-    STEP: tl.constexpr = EK // GROUP
-    for nth in tl.range(0, count, STEP):
-        following = read_groups(groups + list_id * list_length, nth + STEP, count, EK)
-        acc = add_groups(
-            acc, s, row, part * part_stride, first, end, nth, ga, gb, gc, gd,
-            pool, n, size, s_stride, split_stride, ALIGNED, SPLITS, EK, DTYPE,
-        )  # fmt: skip
-        ga, gb, gc, gd = following
-    here = row < tl.load(block_end + block)
+    blocks = tl.load(num_blocks)
+    end_row = tl.load(block_end + block)
     target = row
     if BY_TOKEN:
-        target = tl.load(sorted_pairs + row, mask=here, other=0)
-    place = out + target.to(tl.int64)[:, None] * out_stride + first_column + n[None, :]
-    inside = here[:, None] & (n < size)[None, :]
-    before = tl.load(place, mask=inside, other=0.0)
-    tl.store(place, (before.to(tl.float32) + acc).to(before.dtype), mask=inside)
+        target = tl.load(sorted_pairs + row)
+    list_id = block * tl.num_programs(2) + part
+    lists = (group_count, groups, row_groups, list_length, part_rows)
+    count, first, end, ga, gb, gc, gd = read_list(row, list_id, part, *lists, EK)
+    if block < blocks and count > 0:
+        size = tl.where(part == 0, size_0, tl.where(part == 1, size_1,
+                        tl.where(part == 2, size_2, size_3)))  # fmt: skip
+        first_column = tl.where(part > 0, size_0, 0) + tl.where(part > 1, size_1, 0)
+        first_column += tl.where(part > 2, size_2, 0)
+        n = tl.program_id(1) * BN + tl.arange(0, BN)
+        here = row < end_row
+        target = tl.where(here, target, 0)
+        place = out + target.to(tl.int64)[:, None] * out_stride + first_column + n[None, :]
+        inside = here[:, None] & (n < size)[None, :]
+        before = tl.load(place, mask=inside, other=0.0)
+        acc = tl.zeros([BM, BN], tl.float32)
+        STEP: tl.constexpr = EK // GROUP
+        for nth in tl.range(0, count, STEP):
+            following = read_groups(groups + list_id * list_length, nth + STEP, count, EK)
+            acc = add_groups(
+                acc, s, row, part * part_stride, first, end, nth, ga, gb, gc, gd,
+                pool, n, size, s_stride, split_stride, ALIGNED, SPLITS, EK, DTYPE,
+            )  # fmt: skip
+            ga, gb, gc, gd = following
+        tl.store(place, (before.to(tl.float32) + acc).to(before.dtype), mask=inside)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex.kernels import LoraBatch, lora_linear_, lora_linear_reference
+from loraplex.kernels import LoraBatch, lora_linear, lora_linear_, lora_linear_reference
 
 from .cases import PRODUCTS, assert_close, products_by
 from .factors import random_dense_tables
@@ -41,6 +41,18 @@ def test_any_batch_adds_what_the_reference_says(
     with products_by(way):
         lora_linear_(out, x, tables, batch_of(token_slot))
     assert_close(out, base + lora_linear_reference(x, tables, token_slot))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_product_and_what_adapters_add_in_one_call(bias):
+    tables = random_dense_tables(4, 3, 20, (12, 8))
+    x, weight = torch.randn(9, 20), torch.randn(20, 20)
+    added = torch.randn(20) if bias else None
+    token_slot = torch.tensor([-1, 0, 0, 1, 1, 1, 2, 2, 2]).int()
+    base = torch.nn.functional.linear(x, weight, added)
+    expected = base + lora_linear_reference(x, tables, token_slot)
+    assert_close(lora_linear(x, weight, added, tables, batch_of(token_slot)), expected)
+    assert torch.equal(lora_linear(x, weight, added, tables, None), base)
 
 
 def test_ordered_batches_are_taken_as_they_come():

@@ -24,6 +24,7 @@ with (
         LoraBatch,
         MoeRunner,
         MoeWeights,
+        gpu,
     )
     from loraplex.kernels.gpu import FusedBackend, GemmTile, HookedBackend, MoeTiles, ShrinkTile
     from loraplex.kernels.gpu.lora import lora_linear_
@@ -132,6 +133,8 @@ def main() -> None:
     layers(bf16, 4096, persistent)
     for tokens in (8, 512, 4096):
         dense(bf16, tokens)
+    for padding in (None, torch.zeros(4, 1, dtype=torch.bool)):
+        gpu.softmax_topk(torch.zeros(4, 128, dtype=bf16), 8, True, padding)
     print(f"{len(compiled)} kernels compiled")
 
 

@@ -86,7 +86,7 @@ def test_long_inputs_are_split_in_small_batches():
     tables = random_dense_tables(3, 2, 1100, (8, 4), ranks=(5, 20), absent=0.0)
     tables.pool *= 0.2
     x, token_slot = torch.randn(5, 1100), torch.tensor([1, -1, 0, 1, 0], dtype=torch.int32)
-    assert module._dense_tile(5, 1100)[1].splits > 1
+    assert module._dense_tile(5, 1100, 1)[1].splits > 1
     out = add(torch.zeros(5, 12), x, tables, token_slot)
     assert_close(out, lora_linear_reference(x, tables, token_slot))
 
