@@ -244,7 +244,8 @@ def fill_pool(pool: Any, shape: Shape) -> None:
             place += slots * size
 
     for layer in range(c["num_hidden_layers"]):
-        experts, qkv, o = pool.experts[layer], pool.qkv[layer], pool.o[layer]
+        experts, dense = pool.experts[layer], pool.dense[layer]
+        qkv, o = dense["qkv"], dense["o"]
         every = range(c["num_experts"])
         put(experts.offset_a13, (2 * r * h for _ in every))
         put(experts.offset_b13, (2 * r * i for _ in every))
