@@ -5,9 +5,9 @@
 Only the pool's accounts are run, which need neither a GPU nor the pool's memory. Adapters adapt
 attention and all experts, at ranks 8, 16 and 32 in equal parts; half of them are shared-outer: all
 experts of a layer have one A of gate and up and one B of down. They come in random order until the
-next doesn't fit. Room is left then, as adapters are large beside the pool: the same orders in a pool
-without pages, where an adapter takes the bytes of its factors and no more, tell how much of it is
-the pages' doing. In an engine, a few may overtake the one that waits. Churn: one at random goes,
+next doesn't fit. Room is left then, as adapters are large beside the pool: the same orders in a
+pool without pages, where an adapter takes the bytes of its factors and no more, tell how much of it
+is the pages' doing. In an engine, a few may overtake the one that waits. Churn: one at random goes,
 and what comes next is loaded while it fits.
 
 A padded slot holds every factor of every expert at rank 32, whatever its adapter has: that is how
@@ -72,8 +72,8 @@ def adapter(rank: int, shared_outer: bool) -> tuple[PackLayer, ...]:
     }
     entry = ExpertEntry(
         ids=tuple(range(experts)),
-        rank=((rank,) * 3,) * experts,
-        scale=((1.0,) * 3,) * experts,
+        rank=((rank, rank, rank),) * experts,
+        scale=((1.0, 1.0, 1.0),) * experts,
         fused_gate_up=False,
         shared_a13=shared_outer,
         shared_b2=shared_outer,
