@@ -1,8 +1,9 @@
-"""Tensors in, tensors out: the MoE layer and the dense projections with many LoRA adapters, and
-what sampling asks of a vocabulary's logits."""
+"""Tensors in, tensors out: the MoE layer and the dense projections with many LoRA adapters,
+attention over a paged KV cache, and what sampling asks of a vocabulary's logits."""
 
 from .align import moe_lora_align_block_size
 from .aligned import AlignedBatch, BlockSegments
+from .attention import paged_attention, write_kv
 from .backends import backend_for
 from .dense_lora import lora_linear_
 from .least_kept import least_kept
@@ -17,6 +18,9 @@ from .lora_tables import (
 )
 from .moe import fused_moe
 from .moe_weights import ClampedSwiglu, MoeWeights
+from .norm import add_rms_norm_
+from .paged_sequences import TILE_TOKENS, PagedSequences
+from .qkv_prepare import qkv_prepare
 from .reference import (
     Factors,
     align_reference,
@@ -33,6 +37,7 @@ __all__ = [
     "MAX_RANK",
     "SHARED_A13",
     "SHARED_B2",
+    "TILE_TOKENS",
     "TUNED_ADAPTERS",
     "AlignedBatch",
     "BlockSegments",
@@ -44,7 +49,9 @@ __all__ = [
     "MoeBackend",
     "MoeRunner",
     "MoeWeights",
+    "PagedSequences",
     "TorchBackend",
+    "add_rms_norm_",
     "align_reference",
     "backend_for",
     "fused_moe",
@@ -55,4 +62,7 @@ __all__ = [
     "lora_linear_reference",
     "moe_lora_align_block_size",
     "moe_reference",
+    "paged_attention",
+    "qkv_prepare",
+    "write_kv",
 ]

@@ -45,6 +45,20 @@ class Comm:
             dist.all_reduce(x, group=self._reduce)
         return x
 
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """Rank 0's `x`, on every rank, in place. On a GPU the host doesn't wait."""
+        if self.size > 1:
+            dist.broadcast(x, src=0, group=self._reduce)
+        return x
+
+    def smallest(self, values: list[int]) -> list[int]:
+        """The smallest that any rank has, of each."""
+        if self.size == 1:
+            return values
+        found = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self._control)
+        return found.tolist()
+
     def broadcast_message(self, message: Any = None) -> Any:
         """Rank 0's message, on every rank. Anything msgpack takes (lists come back as lists)."""
         if self.size == 1:

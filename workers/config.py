@@ -182,25 +182,36 @@ class EngineConfig:
     tp_size: int = 1  # ranks
     ep_size: int = 1  # groups of ranks that the experts are split over; divides tp_size
     rendezvous: str = "tcp://127.0.0.1:29500"  # used when tp_size > 1
-    kv_tokens: int = 16384
+    kv_tokens: int | None = 16384  # None: derived, on a GPU (see memory_fraction)
     block_size: int = 16
     max_batch_tokens: int = 512
     max_running: int = 64
     max_model_len: int | None = None  # None: what the model was made for
-    pool_bytes: int = 64 << 20
+    pool_bytes: int | None = 64 << 20  # None: derived, on a GPU
+    # Of a GPU's memory, what weights, activations, KV cache and pool take together where a size is
+    # derived; CUDA graphs come out of the rest.
+    memory_fraction: float = 0.9
+    adapter_fraction: float = 0.3  # the pool's share of what weights and activations leave
     max_slots: int = 256
     max_lora_rank: int = 64  # on a GPU, whose kernels set aside room for it; 256 at most
     base_fingerprint: str | None = None  # packs made for another base are refused
     load_threads: int = 4
     overtake_limit: int = 8  # requests that may pass one that waits for room in the pool
     torch_threads: int = 0  # 0: leave torch's default
+    # Launch a step before the tokens of the one before it are read. None: on GPUs.
+    overlap: bool | None = None
+    cuda_graphs: bool = True  # of decode steps, on GPUs
 
     @cached_property
     def model(self) -> ModelConfig:
         return ModelConfig.from_folder(self.model_path)
 
+    @property
+    def overlaps(self) -> bool:
+        return self.device == "cuda" if self.overlap is None else self.overlap
+
     @cached_property
     def context_length(self) -> int:
         """Most tokens (prompt and output) of one sequence."""
-        limit = self.max_model_len or self.model.max_position_embeddings
-        return min(limit, self.model.max_position_embeddings, self.kv_tokens)
+        longest = self.model.max_position_embeddings
+        return min(self.max_model_len or longest, longest, self.kv_tokens or longest)

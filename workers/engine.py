@@ -1,27 +1,41 @@
-"""The engine of a worker group: rank 0's loop body over scheduler, model runner and sampler."""
+"""The engine of a worker group: rank 0's loop body over scheduler, model runner and sampler.
+
+A step is planned (`planning`), launched (`flight`) and collected. With overlap the next one is
+launched before: a decoding sequence's token is then taken on the device from the step before, and
+what turns out to have ended has one token computed in vain, which nobody sees.
+"""
 
 from __future__ import annotations
 
 import time
-
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from .comm import Comm
 from .config import EngineConfig
 from .errors import AdapterTooLarge, GrammarInvalid
+from .flight import StepResult, launch
 from .grammar import Grammars
 from .host_state import HostState
 from .kv_blocks import KVBlocks
-from .logprobs import token_logprobs
 from .model_runner import ModelRunner
 from .packs import PackFetcher, PackSource
+from .planning import Plan, plan_step
 from .report import EngineReport
 from .request import AdapterRef, FinishReason, GenerationRequest, TokenOutput
 from .residency import Residency
-from .sampler import Draw, SamplingBatch, sample
-from .scheduler import Refusal, Scheduled, Scheduler
+from .scheduler import Refusal, Scheduler
 from .sequence import Sequence
-from .step import SequenceStep, Step
+from .step import Step
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A launched step."""
+
+    plan: Plan
+    wait: Callable[[], StepResult]
+    overlaps: bool  # the next step may be launched before it is read
 
 
 class Engine:
@@ -33,9 +47,9 @@ class Engine:
             packs: where the packs of adapters come from.
             comm: rank 0's; made from the config when None.
         """
-        self.config = config
         self._comm = comm or Comm(0, config.tp_size, config.rendezvous, config.device)
         self._runner = ModelRunner(config, self._comm)
+        self.config = config = self._runner.config  # with the sizes that were derived
         self._packs = packs
         self._fetcher = PackFetcher(packs, config.load_threads)
         self._kv = KVBlocks(self._runner.kv_blocks, config.block_size)
@@ -50,6 +64,7 @@ class Engine:
         model = config.model
         self._grammars = Grammars(config.model_path, model.vocab_size, model.eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
+        self._flight: _Flight | None = None  # launched, not read
         self._early: list[TokenOutput] = []  # refusals made outside a step
         self._arrivals = 0
         self._report = EngineReport(
@@ -65,7 +80,8 @@ class Engine:
             code, message = wrong
             self._early.append(_failed(request.request_id, code, message))
             return
-        seq = Sequence(request, self._arrivals)
+        limit = len(request.prompt_ids) + request.sampling.max_tokens
+        seq = Sequence(request, self._arrivals, min(limit, self.config.context_length))
         if request.sampling.host_state:
             try:
                 seq.host = HostState(request, self._grammars)
@@ -86,25 +102,43 @@ class Engine:
             self._scheduler.remove(seq)
 
     def has_work(self) -> bool:
-        return bool(self._sequences or self._early or self._residency.prefetch_ready)
+        return bool(
+            self._sequences or self._flight or self._early or self._residency.prefetch_ready
+        )
 
     def step(self) -> list[TokenOutput]:
-        """Runs one model step and returns what it produced; empty when everything still loads."""
+        """Launches one model step and returns what came of the last one that was launched.
+
+        Without overlap that is the same step. Empty when everything still loads.
+        """
         outputs, self._early = self._early, []
-        self._residency.prefetch()
+        idle = self._flight is None
+        outputs += self._advance()
+        if idle and self._flight is not None:
+            # Nothing was read yet: go on at once, or the caller would take this for an idle step.
+            outputs += self._advance()
+        return outputs
+
+    def _advance(self) -> list[TokenOutput]:
+        """Launches a step if there is one, and collects the one before it."""
         started = time.perf_counter()
-        work, refusals = self._scheduler.schedule()
-        outputs += [self._refuse(r) for r in refusals]
-        work.sort(key=lambda w: w.seq.slot if w.seq.slot is not None else -1)
-        step = Step([_sequence_step(w) for w in work], self._residency.take_changes())
-        if not step.sequences and not step.changes:
-            return outputs
-        if self.config.tp_size > 1:
-            self._comm.broadcast_message(step.to_wire())
-        if step.sequences:
-            logits = self._runner.run(step)
-            outputs += self._finish_step(work, step, logits)
+        self._residency.prefetch()
+        outputs: list[TokenOutput] = []
+        before, self._flight = self._flight, None
+        if before is not None and self._scheduler.may_preempt():
+            outputs += self._collect(before)
+            before = None
+        flight, refused = self._launch(before)
+        outputs += refused
+        if before is not None:
+            outputs += self._collect(before)
+        if flight is not None:
+            if flight.overlaps:
+                self._flight = flight
+            else:
+                outputs += self._collect(flight)
             self._report.steps += 1
+        if flight is not None or before is not None:
             self._report.step_seconds += time.perf_counter() - started
         return outputs
 
@@ -128,6 +162,7 @@ class Engine:
         r.gpu, r.disk, r.loading = res.resident(), self._packs.resident(), res.loading
         r.loads, r.load_seconds, r.load_bytes = dict(res.loads), res.load_seconds, res.load_bytes
         r.load_failures, r.evictions = res.load_failures, res.evictions
+        r.compiles_after_ready = len(self._runner.compiles.kernels)
         return EngineReport.from_wire(r.to_wire())
 
     def close(self) -> None:
@@ -161,35 +196,55 @@ class Engine:
         code = "adapter_too_large" if too_large else "adapter_load_failed"
         return _failed(refusal.seq.request.request_id, code, str(refusal.error))
 
-    def _finish_step(
-        self, work: list[Scheduled], step: Step, logits: torch.Tensor
-    ) -> list[TokenOutput]:
+    def _launch(self, before: _Flight | None) -> tuple[_Flight | None, list[TokenOutput]]:
+        """Schedules and launches a step, and refuses what can't ever start.
+
+        Args:
+            before: the step whose sampled ids aren't read yet.
+        """
+        work, refusals = self._scheduler.schedule()
+        refused = [self._refuse(r) for r in refusals]
+        carried = before.plan.index_of_draws() if before is not None else {}
+        changes = self._residency.take_changes()
+        plan = plan_step(work, changes, carried, self.config.model.eos_token_ids)
+        overlaps = self.config.overlaps and not plan.host_state
+        if overlaps and self.config.tp_size > 1:
+            plan.step.shared_ids = len(plan.drawing)
+        if self.config.tp_size > 1 and (work or changes):
+            self._comm.broadcast_message(plan.step.to_wire())
+        if not work:
+            return None, refused
+        flight = _Flight(plan, self._execute(plan), overlaps)
+        for w in work:
+            self._scheduler.launched(w)
+        for seq in plan.drawing:
+            seq.unread += 1
+        return flight, refused
+
+    def _execute(self, plan: Plan) -> Callable[[], StepResult]:
+        return launch(self._runner, plan)
+
+    def _collect(self, flight: _Flight) -> list[TokenOutput]:
+        """Reads a launched step's result; what it says of sequences that have ended is dropped."""
+        plan, result = flight.plan, flight.wait()
+        for w in plan.work:
+            if not w.seq.removed:
+                self._count_tokens(w.seq, prompt=w.count if w.count > 1 or not w.seq.started else 0)
+            self._scheduler.landed(w)
+        for p, logprobs in zip(plan.prompts, result.prompts, strict=True):
+            if p.seq.prompt_logprobs is not None:
+                p.seq.prompt_logprobs += logprobs
+        drawn = result.drawn
+        if drawn is None:
+            return []
         outputs: list[TokenOutput] = []
-        draws: list[Draw] = []
-        last_rows: list[int] = []
-        drawing: list[Sequence] = []
-        row = 0
-        for w, s in zip(work, step.sequences, strict=True):
-            seq = w.seq
-            self._count_tokens(seq, prompt=w.count if w.count > 1 or not seq.started else 0)
-            self._scheduler.computed(w)
-            if s.logits_from < 0:
+        for seq, token, finite, logprob in zip(
+            plan.drawing, drawn.tokens, drawn.finite, drawn.logprobs, strict=True
+        ):
+            if seq.removed:
                 continue
-            n = w.count - s.logits_from
-            if seq.prompt_logprobs is not None:
-                self._add_prompt_logprobs(seq, s, logits[row : row + n])
-            row += n
-            if seq.pending == 0:
-                last_rows.append(row - 1)
-                drawing.append(seq)
-                draws.append(self._draw(seq))
-        if not drawing:
-            return outputs
-        logits = logits[torch.tensor(last_rows, device=logits.device)]
-        batch = SamplingBatch.build(draws, logits.shape[1], logits.device)
-        chosen = sample(logits, batch).to_host()
-        for i, seq in enumerate(drawing):
-            if not chosen.finite[i]:
+            seq.unread -= 1
+            if not finite:
                 self._end(seq)
                 outputs.append(
                     _failed(
@@ -199,18 +254,11 @@ class Engine:
                     )
                 )
                 continue
-            out = self._append(seq, chosen.tokens[i])
-            logprob = chosen.logprobs[i]
+            out = self._append(seq, token)
             if logprob is not None and out.token_ids:
                 out.logprobs.append(logprob)
             outputs.append(out)
         return outputs
-
-    def _draw(self, seq: Sequence) -> Draw:
-        draw = Draw(seq.request.sampling, len(seq.tokens), self._banned(seq))
-        if seq.host is not None:
-            draw.counts, draw.grammar = seq.host.counts, seq.host.grammar
-        return draw
 
     def _append(self, seq: Sequence, token: int) -> TokenOutput:
         seq.tokens.append(token)
@@ -240,26 +288,7 @@ class Engine:
                 return "stop"
             if not params.ignore_eos and token in self.config.model.eos_token_ids:
                 return "stop"
-        if seq.output_count >= params.max_tokens or len(seq.tokens) >= self.config.context_length:
-            return "length"
-        return None
-
-    def _banned(self, seq: Sequence) -> tuple[int, ...]:
-        params = seq.request.sampling
-        if seq.output_count >= params.min_tokens:
-            return ()
-        return (*self.config.model.eos_token_ids, *params.stop_token_ids)
-
-    def _add_prompt_logprobs(self, seq: Sequence, step: SequenceStep, logits: torch.Tensor) -> None:
-        assert seq.prompt_logprobs is not None
-        first = step.start + step.logits_from + 1  # position that the first row predicts
-        # A preempted prompt is computed again: what is known of it already stays.
-        known = len(seq.prompt_logprobs) - first
-        targets = list(seq.request.prompt_ids[first + known : first + len(logits)])
-        if targets:
-            top = [seq.request.sampling.prompt_logprobs or 0] * len(targets)
-            rows = logits[known : known + len(targets)]
-            seq.prompt_logprobs += token_logprobs(rows, targets, top)
+        return "length" if len(seq.tokens) >= seq.limit else None
 
     def _count_tokens(self, seq: Sequence, prompt: int = 0, output: int = 0) -> None:
         for counts, n in (
@@ -272,18 +301,6 @@ class Engine:
     def _end(self, seq: Sequence) -> None:
         del self._sequences[seq.request.request_id]
         self._scheduler.remove(seq)
-
-
-def _sequence_step(w: Scheduled) -> SequenceStep:
-    seq, end = w.seq, w.seq.computed + w.count
-    if seq.prompt_logprobs is not None and seq.computed < len(seq.request.prompt_ids):
-        logits_from = 0
-    else:
-        logits_from = w.count - 1 if end == len(seq.tokens) else -1
-    assert seq.slot is not None
-    return SequenceStep(
-        seq.tokens[seq.computed : end], seq.computed, list(seq.blocks), seq.slot, logits_from
-    )
 
 
 def _failed(request_id: str, code: str, message: str) -> TokenOutput:

@@ -6,14 +6,13 @@ Weights are plain tensors, cut by `models.loading`. Activations are [T, H], T to
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from ..kernels import LoraBatch, MoeRunner, MoeWeights, lora_linear_
 from .adapter_pool import AdapterPool
-from .attention import AttentionBatch, PagedKVCache
+from .attention import AttentionBatch, PagedBatch, PagedKVCache
 from .comm import Comm
 from .rope import RotaryEmbedding
 from .routing import Routing
@@ -27,7 +26,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What every layer reads of one step. `lora` is None when no token has an adapter."""
+    """What every layer reads of one step.
+
+    `lora` is None when no token has an adapter. `padding`, bool [T, 1], names rows that stand for
+    no token: experts leave them out. None: there are none.
+    """
 
     cos: torch.Tensor  # [T, 1, D]
     sin: torch.Tensor  # [T, 1, D]
@@ -35,12 +38,7 @@ class StepContext:
     cache: PagedKVCache
     pool: AdapterPool
     lora: LoraBatch | None
-
-
-class QkNorm(Protocol):
-    """What is done to a rank's q [T, q] and k [T, kv] before they are rotated."""
-
-    def __call__(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    padding: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,9 @@ class WholeNorm:
         return x.to(q.dtype), y.to(k.dtype)
 
 
+QkNorm = HeadNorm | WholeNorm  # of a rank's q [T, q] and k [T, kv] before they are rotated
+
+
 @dataclass(frozen=True)
 class Attention:
     """Grouped-query attention over the paged cache, with LoRA on q, k, v and o.
@@ -101,21 +102,32 @@ class Attention:
     sinks: torch.Tensor | None = None  # [heads]
 
     def __call__(self, n: int, h: torch.Tensor, step: StepContext) -> torch.Tensor:
-        s, t, d = self.shard, h.shape[0], self.shard.model.head_dim
         qkv = F.linear(h, self.qkv, self.qkv_bias)
         if step.lora is not None:
             lora_linear_(qkv, h, step.pool.dense[n]["qkv"], step.lora)
-        q, k, v = qkv.split((s.q_size, s.kv_size, s.kv_size), dim=-1)
-        if self.norm is not None:
-            q, k = self.norm(q, k)
-        q = RotaryEmbedding.apply(q.reshape(t, -1, d), step.cos, step.sin)
-        k = RotaryEmbedding.apply(k.reshape(t, -1, d), step.cos, step.sin)
-        v = v.reshape(t, -1, d)
-        o = step.cache.attend(n, q, k, v, step.attention, window=self.window, sinks=self.sinks)
+        q = self._prepare(n, qkv, step)
+        o = step.cache.read(n, q, step.attention, window=self.window, sinks=self.sinks)
         y = F.linear(o, self.o, self.o_bias)
         if step.lora is not None:
             lora_linear_(y, o, step.pool.dense[n]["o"], step.lora)
         return self.comm.all_reduce(y)
+
+    def _prepare(self, n: int, qkv: torch.Tensor, step: StepContext) -> torch.Tensor:
+        """q [T, heads, D], normed and rotated; k, treated alike, and v are in the cache then."""
+        batch, cache, norm = step.attention, step.cache, self.norm
+        if isinstance(batch, PagedBatch) and not isinstance(norm, WholeNorm):
+            weights = (
+                (None, None, 0.0) if norm is None else (norm.q_weight, norm.k_weight, norm.eps)
+            )
+            return batch.prepare(qkv, cache.k[n], cache.v[n], step.cos, step.sin, *weights)
+        s, t, d = self.shard, qkv.shape[0], self.shard.model.head_dim
+        q, k, v = qkv.split((s.q_size, s.kv_size, s.kv_size), dim=-1)
+        if norm is not None:
+            q, k = norm(q, k)
+        q = RotaryEmbedding.apply(q.reshape(t, -1, d), step.cos, step.sin)
+        k = RotaryEmbedding.apply(k.reshape(t, -1, d), step.cos, step.sin)
+        cache.write(n, k, v.reshape(t, -1, d), batch)
+        return q
 
 
 @dataclass(frozen=True)
@@ -173,6 +185,8 @@ class MoeBlock:
         weights, ids = self.routing(logits)
         if self.local_ids is not None:
             ids = self.local_ids.index_select(0, ids.reshape(-1)).view(ids.shape)
+        if step.padding is not None:
+            ids = ids.masked_fill(step.padding, -1)
         y = self.runner(h, self.experts, weights, ids, step.pool.experts[n], step.lora)
         if self.shared is not None:
             y = y + self.shared(n, h, step)

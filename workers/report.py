@@ -37,6 +37,7 @@ class EngineReport:
     load_failures: int = 0
     evictions: int = 0
     prefix_hit_tokens: int = 0
+    compiles_after_ready: int = 0  # kernels of rank 0 that requests had to wait for
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)

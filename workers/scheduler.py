@@ -17,9 +17,10 @@ from .sequence import Sequence
 
 @dataclass
 class Scheduled:
-    """A sequence's share of the next step: its next `count` tokens."""
+    """A sequence's share of a step: its next `count` tokens, from position `start` on."""
 
     seq: Sequence
+    start: int
     count: int
 
 
@@ -57,41 +58,73 @@ class Scheduler:
         self.waiting.append(seq)
 
     def remove(self, seq: Sequence) -> None:
-        """Takes a finished, failed or aborted sequence out; its blocks and slot are free."""
-        if seq in self.running:
-            self.running.remove(seq)
-            self._free(seq)
-        else:
+        """Takes a finished, failed or aborted sequence out.
+
+        Its blocks and slot are free once no launched step names it.
+        """
+        seq.removed = True
+        if seq.slot is None:
             self.waiting.remove(seq)
+            return
+        self.running.remove(seq)
+        if seq.flights == 0:
+            self._free(seq)
+
+    def may_preempt(self) -> bool:
+        """Whether the next `schedule` might take blocks from a running sequence.
+
+        It must not be called then while a launched step still writes to them.
+        """
+        budget, needed = self._max_batch_tokens, 0
+        for seq in self._decodes_first():
+            count = min(seq.pending, budget)
+            needed += self._missing_blocks(seq, count)
+            budget -= count
+        return needed > self._kv.free
 
     def schedule(self) -> tuple[list[Scheduled], list[Refusal]]:
         """Picks the next step's work; admits, and preempts when KV blocks run out."""
         budget = self._max_batch_tokens
         work: list[Scheduled] = []
-        # Decodes before prompt chunks: a long prompt must not delay tokens that users wait for.
-        for seq in sorted(self.running, key=lambda s: s.pending > 1):
+        for seq in self._decodes_first():
             if budget == 0:
                 break
-            if seq not in self.running:
+            if seq.slot is None:
                 continue  # preempted a moment ago
             count = min(seq.pending, budget)
             if self._reserve(seq, count):
-                work.append(Scheduled(seq, count))
+                work.append(Scheduled(seq, seq.computed, count))
                 budget -= count
-        work = [w for w in work if w.seq in self.running]
+        work = [w for w in work if w.seq.slot is not None]
         budget = self._max_batch_tokens - sum(w.count for w in work)
         refusals: list[Refusal] = []
         self._admit(budget, work, refusals)
         return work, refusals
 
-    def computed(self, done: Scheduled) -> None:
+    def launched(self, w: Scheduled) -> None:
+        """Books a step that is on its way: it holds what its sequences hold."""
+        w.seq.computed += w.count
+        w.seq.flights += 1
+
+    def landed(self, w: Scheduled) -> None:
         """Books a step's result: the tokens are in the cache, full blocks may be found again."""
-        seq = done.seq
-        seq.computed += done.count
-        seq.extend_hashes(self._kv.block_size)
-        full = seq.computed // self._kv.block_size
-        for i in range((seq.computed - done.count) // self._kv.block_size, full):
+        seq, size = w.seq, self._kv.block_size
+        seq.flights -= 1
+        if seq.removed:
+            if seq.flights == 0:
+                self._free(seq)
+            return
+        first, full = w.start // size, (w.start + w.count) // size
+        if first < full:
+            seq.extend_hashes(size)
+        for i in range(first, full):
             self._kv.publish(seq.blocks[i], seq.hashes[i], seq.owner)
+
+    def _decodes_first(self) -> list[Sequence]:
+        """Running sequences that have something to compute: a long prompt must not delay tokens
+        that users wait for."""
+        active = [s for s in self.running if not s.ending]
+        return [s for s in active if s.pending == 1] + [s for s in active if s.pending != 1]
 
     def _admit(self, budget: int, work: list[Scheduled], refusals: list[Refusal]) -> None:
         blocked: Sequence | None = None  # the oldest that waits for room in the pool
@@ -121,7 +154,7 @@ class Scheduler:
                 return
             self.waiting.remove(seq)
             self.running.append(seq)
-            work.append(Scheduled(seq, count))
+            work.append(Scheduled(seq, seq.computed, count))
             budget -= count
             if blocked is not None:
                 blocked.overtaken += 1
@@ -145,13 +178,15 @@ class Scheduler:
 
     def _take_blocks(self, seq: Sequence, count: int, spare: int) -> bool:
         """Blocks for `count` more tokens, if `spare` more stay free."""
-        size = self._kv.block_size
-        need = -(-(seq.computed + count) // size) - len(seq.blocks)
+        need = self._missing_blocks(seq, count)
         if need > 0 and self._kv.free < need + (spare if self.running else 0):
             return False
         if need > 0:
             seq.blocks += self._kv.allocate(need)
         return True
+
+    def _missing_blocks(self, seq: Sequence, count: int) -> int:
+        return -(-(seq.computed + count) // self._kv.block_size) - len(seq.blocks)
 
     def _reserve(self, seq: Sequence, count: int) -> bool:
         """Blocks for a running sequence; younger ones give theirs up when there are none."""
@@ -164,6 +199,7 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to the head of the queue; what it had computed will be computed again."""
+        assert seq.flights == 0, "a launched step still writes to the blocks"
         self.running.remove(seq)
         self._free(seq)
         self.waiting.appendleft(seq)

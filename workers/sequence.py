@@ -13,14 +13,21 @@ from .request import GenerationRequest, TokenLogprob
 class Sequence:
     """Tokens, KV blocks and adapter slot of one request.
 
-    tokens[:computed] are in the cache; the rest still has to go through the model. While a
-    sequence decodes, exactly one token is not computed: the newest.
+    The first `computed` tokens are in the cache, or will be when the launched steps are done; the
+    rest still has to go through the model. While a sequence decodes, exactly one token is not
+    computed: the newest. `unread` tokens follow those in `tokens`: sampled on the device by a
+    launched step, and not known to the host yet.
     """
 
     request: GenerationRequest
     arrival: int
+    limit: int  # tokens (prompt and output) at which it ends for its length
     tokens: list[int] = field(init=False)
+    owner: str = field(init=False)  # whose work it is, as reports and the prefix cache name it
     computed: int = 0
+    unread: int = 0
+    flights: int = 0  # launched steps that name it and whose results weren't read
+    removed: bool = False  # ended or aborted; what it holds is freed after its last flight
     blocks: list[int] = field(default_factory=list)
     hashes: list[BlockHash] = field(default_factory=list)  # of the full blocks, as far as known
     slot: int | None = None  # None: not admitted; -1: base model
@@ -32,6 +39,7 @@ class Sequence:
     host: HostState | None = None  # of requests whose sampling says `host_state`
 
     def __post_init__(self) -> None:
+        self.owner = self.adapter_key or f"{self.request.tenant_id}/base"
         self.tokens = [*self.request.prompt_ids, *self.request.output_ids]
         if self.request.sampling.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
@@ -41,18 +49,23 @@ class Sequence:
         return self.request.adapter.key if self.request.adapter else None
 
     @property
-    def owner(self) -> str:
-        """Whose work this is, as reports and the prefix cache name it."""
-        return self.adapter_key or f"{self.request.tenant_id}/base"
-
-    @property
     def output_count(self) -> int:
         return len(self.tokens) - len(self.request.prompt_ids)
 
     @property
     def pending(self) -> int:
         """Tokens that still have to go through the model."""
-        return len(self.tokens) - self.computed
+        return len(self.tokens) + self.unread - self.computed
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, with those that are still on the device."""
+        return len(self.tokens) + self.unread
+
+    @property
+    def ending(self) -> bool:
+        """Whether its last token is on the device already: there is nothing more to compute."""
+        return self.unread > 0 and self.length >= self.limit
 
     def extend_hashes(self, block_size: int) -> None:
         """Names every full block of the tokens known so far."""

@@ -12,13 +12,18 @@ from typing import Any
 
 @dataclass
 class SequenceStep:
-    """One sequence's share of a step: new tokens at positions start, start + 1, ..."""
+    """One sequence's share of a step: new tokens at positions start, start + 1, ...
+
+    With `carried` >= 0 its one new token is still on the device, sampled by the step before, and
+    `token_ids` holds a stand-in: the host hasn't read it yet.
+    """
 
     token_ids: list[int]
     start: int
     blocks: list[int]  # KV blocks of the whole sequence so far, in order
     slot: int  # adapter slot, -1 = base model
     logits_from: int = -1  # logits for new tokens from this index on; -1: for none
+    carried: int = -1  # index into the ids that the step before sampled; -1: token_ids holds it
 
 
 @dataclass
@@ -35,12 +40,17 @@ class Step:
 
     sequences: list[SequenceStep] = field(default_factory=list)
     changes: list[SlotChange] = field(default_factory=list)
+    shared_ids: int = 0  # so many ids that rank 0 samples go to all ranks: the next step may carry
     stop: bool = False
 
     def to_wire(self) -> dict[str, Any]:
         return {
-            "s": [[s.token_ids, s.start, s.blocks, s.slot, s.logits_from] for s in self.sequences],
+            "s": [
+                [s.token_ids, s.start, s.blocks, s.slot, s.logits_from, s.carried]
+                for s in self.sequences
+            ],
             "c": [[c.slot, c.path] for c in self.changes],
+            "ids": self.shared_ids,
             "stop": self.stop,
         }
 
@@ -49,5 +59,6 @@ class Step:
         return cls(
             sequences=[SequenceStep(*s) for s in msg["s"]],
             changes=[SlotChange(*c) for c in msg["c"]],
+            shared_ids=msg["ids"],
             stop=msg["stop"],
         )

@@ -1,10 +1,13 @@
 """The Triton kernels, for GPUs (and, slowly, for Triton's interpreter on CPUs)."""
 
+from .add_rms_norm import add_rms_norm_
 from .align import align
 from .fused import FusedBackend
 from .hooked import HookedBackend
 from .least_kept import least_kept
 from .lora import lora_linear_
+from .paged_attention import paged_attention, write_kv
+from .qkv_prepare import qkv_prepare
 from .tiles import GemmTile, MoeShape, MoeTiles, ShrinkTile
 
 FUSED = FusedBackend()
@@ -17,7 +20,11 @@ __all__ = [
     "MoeShape",
     "MoeTiles",
     "ShrinkTile",
+    "add_rms_norm_",
     "align",
     "least_kept",
     "lora_linear_",
+    "paged_attention",
+    "qkv_prepare",
+    "write_kv",
 ]

@@ -21,10 +21,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture
-def engine_tp2(demo):
+@pytest.fixture(params=[False, True], ids=["one by one", "overlapping"])
+def engine_tp2(request, demo):
     config = demo.config(
-        tp_size=2, rendezvous=f"tcp://127.0.0.1:{free_port()}", torch_threads=1, pool_bytes=3 << 20
+        tp_size=2,
+        rendezvous=f"tcp://127.0.0.1:{free_port()}",
+        torch_threads=1,
+        pool_bytes=3 << 20,
+        overlap=request.param,
     )
     process = mp.get_context("spawn").Process(target=run_follower, args=(config, 1))
     process.start()

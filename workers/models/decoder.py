@@ -9,10 +9,10 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from ...kernels import LoraBatch
+from ...kernels import LoraBatch, add_rms_norm_
 from ..adapter_pool import AdapterPool
 from ..attention import AttentionBatch, PagedKVCache
-from ..layers import StepContext, rms_norm
+from ..layers import StepContext
 from ..rope import RotaryEmbedding
 
 
@@ -49,22 +49,27 @@ class Decoder:
         cache: PagedKVCache,
         pool: AdapterPool,
         lora: LoraBatch | None,
+        padding: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states after the last norm.
 
         Args:
-            token_ids, positions: int64 [T].
+            token_ids, positions: int32 or int64 [T].
             lora: the adapter slot of every token; None when no token has an adapter.
+            padding: bool [T, 1], rows that stand for no token; None: there are none.
 
         Returns:
             [T, H]
         """
         x = F.embedding(token_ids, self.embed)
-        step = StepContext(*self.rope.at(positions), attention, cache, pool, lora)
+        step = StepContext(*self.rope.at(positions), attention, cache, pool, lora, padding)
+        # The norm behind each addition goes with it.
+        after = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
+        h = add_rms_norm_(x, None, self.layers[0].input_norm, self.eps)
         for n, layer in enumerate(self.layers):
-            x = x + layer.attention(n, rms_norm(x, layer.input_norm, self.eps), step)
-            x = x + layer.moe(n, rms_norm(x, layer.post_norm, self.eps), step)
-        return rms_norm(x, self.norm, self.eps)
+            h = add_rms_norm_(x, layer.attention(n, h, step), layer.post_norm, self.eps)
+            h = add_rms_norm_(x, layer.moe(n, h, step), after[n], self.eps)
+        return h
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [N, vocab] of hidden states [N, H]. Rank 0 only."""
