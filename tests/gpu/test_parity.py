@@ -22,8 +22,9 @@ from .mid_model import VOCAB, MidModel, make_mid_model
 
 pytestmark = NEEDS_GPU
 REQUESTS, TOKENS = 60, 24
-# Errors of two bfloat16 engines over some 3,000 logprobs: their means differ by a tenth or so.
-MEAN_FACTOR = 1.5
+# Of errors and of common beginnings, over some 3,000 logprobs. Two bfloat16 engines that differ by
+# rounding alone are within a tenth of each other; factors that are 20 % off aren't within this.
+FACTOR = 1.5
 Results = dict[str, Result]
 
 
@@ -85,21 +86,28 @@ def check(found: Results, expected: Results, plain: Results) -> None:
     noise = errors(plain, expected)
     mine = errors(found, expected)
     assert noise.mean() > 0
-    assert mine.mean() <= MEAN_FACTOR * noise.mean()
-    assert mine.median() <= MEAN_FACTOR * noise.median()
-    # Texts may part where two tokens are nearly as likely: there each of them moved by no more than
-    # the worst that bfloat16 does elsewhere. What follows has another context.
-    for key, there in expected.items():
-        n = first_difference(found[key], there)
-        if n < TOKENS:
-            likely = [x for out in there.outputs for x in out.logprobs][n].top
-            gap = likely[0][1] - dict(likely).get(found[key].tokens[n], float("-inf"))
-            assert gap <= 2 * noise.max(), f"request {key}, token {n}"
-    parted, parted_plain = (
-        sum(first_difference(some[key], expected[key]) < TOKENS for key in expected)
+    assert mine.mean() <= FACTOR * noise.mean()
+    assert mine.median() <= FACTOR * noise.median()
+    # Texts may part, no sooner than torch's do, and mostly where two tokens are nearly as likely.
+    # Not always: an expert that turned moves all logprobs. What follows has another context.
+    same, same_plain = (
+        sum(first_difference(some[key], expected[key]) for key in expected)
         for some in (found, plain)
     )
-    assert parted <= MEAN_FACTOR * parted_plain + 0.1 * len(expected)
+    assert same >= same_plain / FACTOR
+    gaps = [
+        _gap(there, n, found[key].tokens[n])
+        for key, there in expected.items()
+        if (n := first_difference(found[key], there)) < TOKENS
+    ]
+    if gaps:
+        assert torch.tensor(gaps).quantile(0.9) <= 2 * noise.quantile(0.99)
+
+
+def _gap(result: Result, n: int, token: int) -> float:
+    """By how much the result's nth token is likelier than `token`."""
+    likely = [x for out in result.outputs for x in out.logprobs][n].top
+    return likely[0][1] - dict(likely).get(token, float("-inf"))
 
 
 def test_the_demo_model_in_bfloat16_is_the_cpus_in_float32_but_for_rounding(demo):
