@@ -8,72 +8,25 @@ its.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable
-
 import pytest
 import torch
-from loraplex.workers import AdapterRef, Engine, EngineConfig, GenerationRequest, SamplingParams
+from loraplex.workers import GenerationRequest
 
-from ..workers.conftest import TENANT, LocalPacks, Result, drain
+from ..workers.conftest import TENANT, Result
 from ..workers.conftest import demo as demo
+from .answers import REQUESTS, TOKENS, Results, answers, errors, first_difference, mixed_requests
 from .layers import DEVICE, NEEDS_GPU
 from .mid_model import VOCAB, MidModel, make_mid_model
 
 pytestmark = NEEDS_GPU
-REQUESTS, TOKENS = 60, 24
 # Of errors and of common beginnings, over some 3,000 logprobs. Two bfloat16 engines that differ by
 # rounding alone are within a tenth of each other; factors that are 20 % off aren't within this.
 FACTOR = 1.5
-Results = dict[str, Result]
 
 
 @pytest.fixture(scope="module")
 def mid(tmp_path_factory) -> MidModel:
     return make_mid_model(tmp_path_factory.mktemp("mid"))
-
-
-def mixed_requests(refs: Iterable[AdapterRef], vocab: int) -> list[GenerationRequest]:
-    """Greedy ones with all logprobs: the base model and each adapter in turn."""
-    rng = random.Random()
-    kinds = [None, *refs]
-    params = SamplingParams(
-        max_tokens=TOKENS, temperature=0.0, logprobs=8, prompt_logprobs=0, ignore_eos=True
-    )
-    prompts = [
-        tuple(rng.randrange(4, vocab) for _ in range(rng.randrange(2, 60))) for _ in range(REQUESTS)
-    ]
-    return [
-        GenerationRequest(str(i), prompt, params, TENANT, kinds[i % len(kinds)])
-        for i, prompt in enumerate(prompts)
-    ]
-
-
-def answers(config: EngineConfig, packs: LocalPacks, requests: list[GenerationRequest]) -> Results:
-    engine = Engine(config, packs)
-    for request in requests:
-        engine.submit(request)
-    results = drain(engine)
-    engine.close()
-    assert not [r.last.error for r in results.values() if r.last.error]
-    return results
-
-
-def errors(found: Results, expected: Results) -> torch.Tensor:
-    """Of the logprobs of all prompts, and of answers as long as they are the same."""
-    differences = []
-    for key, there in expected.items():
-        here = found[key]
-        pairs = list(zip(here.prompt_logprobs, there.prompt_logprobs, strict=True))
-        n = first_difference(here, there)
-        pairs += zip(here.logprobs[:n], there.logprobs[:n], strict=True)
-        differences += [abs(a - b) for a, b in pairs]
-    return torch.tensor(differences)
-
-
-def first_difference(here: Result, there: Result) -> int:
-    same = [a == b for a, b in zip(here.tokens, there.tokens, strict=True)]
-    return [*same, False].index(False)
 
 
 def check(found: Results, expected: Results, plain: Results) -> None:
