@@ -23,6 +23,8 @@ from .errors import ClusterSecretError, SettingsError
 ENV_PREFIX = "LORAPLEX_"
 RAY_NAMESPACE = "loraplex"
 MIN_SECRET_CHARS = 32
+DEFAULT_POOL_BYTES = 1 << 30  # where there is no GPU to share out
+DEFAULT_KV_TOKENS = 16384
 
 
 class Settings(BaseSettings):
@@ -86,11 +88,21 @@ class Settings(BaseSettings):
         "auto", description="auto: float32 on CPU, the checkpoint's own on a GPU"
     )
     torch_threads: int = Field(0, ge=0, description="threads of a rank; 0: cores / ranks")
-    pool_bytes: ByteSize = Field(ByteSize(1 << 30), ge=1 << 16, description="adapter pool, a rank")
+    pool_bytes: ByteSize | None = Field(
+        None, ge=1 << 16, description="adapter pool, a rank; none: 1 GiB, a GPU's share"
+    )
     max_lora_rank: int = Field(
         64, ge=1, le=256, description="largest rank of an adapter: GPU kernels set room aside"
     )
-    kv_tokens: int = Field(16384, ge=256, description="tokens in a group's KV cache")
+    kv_tokens: int | None = Field(
+        None, ge=256, description="tokens in a group's KV cache; none: 16384, the rest of a GPU"
+    )
+    memory_fraction: float = Field(
+        0.9, gt=0, le=1, description="of a GPU's memory, what is used; CUDA graphs are beyond it"
+    )
+    adapter_fraction: float = Field(
+        0.3, gt=0, lt=1, description="the pool's share of what weights and activations leave"
+    )
     max_batch_tokens: int = Field(2048, ge=16, description="tokens in one engine step")
     max_running: int = Field(64, ge=1, description="sequences decoded together in a group")
     step_timeout_s: float = Field(
@@ -183,6 +195,19 @@ class Settings(BaseSettings):
         """A copy with other values, checked. Raises SettingsError."""
         given = {name: getattr(self, name) for name in self.model_fields_set}
         return Settings.load(**{**given, **values})
+
+    @property
+    def rank_pool_bytes(self) -> int | None:
+        """None: each group finds out what its GPUs have room for."""
+        return self._size(self.pool_bytes, DEFAULT_POOL_BYTES)
+
+    @property
+    def group_kv_tokens(self) -> int | None:
+        """None: each group finds out what its GPUs have room for."""
+        return self._size(self.kv_tokens, DEFAULT_KV_TOKENS)
+
+    def _size(self, given: int | None, default: int) -> int | None:
+        return default if given is None and self.device != "cuda" else given
 
     def store_options(self) -> dict[str, Any]:
         """Plain keyword arguments for `adapter_store.ObjectStore`."""

@@ -16,7 +16,7 @@ from .cli_tables import print_table
 from .local_run import LocalRun, Stopped
 from .model import model_source
 from .rank_program import DTYPE_BYTES, dtype_of
-from .settings import Settings
+from .settings import DEFAULT_KV_TOKENS, Settings
 from .up_demo import Demo, DemoAdapter, DemoTenant, seed
 from .up_steps import Steps
 
@@ -36,6 +36,8 @@ def up(settings: Settings, console: Console) -> None:
     values: dict[str, Any] = {"served_model_name": settings.served_model_name or demo.base_name}
     if "pool_bytes" not in given:
         values["pool_bytes"] = demo.pool_bytes(DTYPE_BYTES[dtype_of(settings)], settings.groups)
+    if "kv_tokens" not in given:
+        values["kv_tokens"] = DEFAULT_KV_TOKENS  # as on a CPU: the demo doesn't need a whole GPU
     settings = settings.changed(**values)
     with _Run(settings, steps, demo.model) as run:
         run.start_store()

@@ -94,7 +94,7 @@ def check_memory(settings: Settings, weights_bytes: int) -> None:
     """Raises CheckError when the service would hardly fit into the memory that is free now."""
     on_gpu = settings.device == "cuda"
     # float32 on CPU doubles bfloat16 weights.
-    group = GROUP_BYTES + (0 if on_gpu else 2 * weights_bytes + settings.pool_bytes)
+    group = GROUP_BYTES + (0 if on_gpu else 2 * weights_bytes + (settings.rank_pool_bytes or 0))
     need = BASE_BYTES + settings.groups * settings.tp * group
     free = available_memory()
     if free < need:

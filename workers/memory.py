@@ -65,13 +65,22 @@ def share_out(
     """Sizes of the KV cache and of the adapter pool; those that are given stay.
 
     Args:
-        left: bytes for both.
+        left: bytes for both, the same number on all ranks.
         kv_token_bytes: of one token's keys and values in all layers.
         adapter_fraction: the pool's share of `left` where neither is given.
 
     Raises:
-        WorkerError: there is no room for what is to be derived.
+        WorkerError: there is no room for what is given, or for what is to be derived.
     """
+    if kv_tokens is not None and pool_bytes is not None:
+        if kv_tokens * kv_token_bytes + pool_bytes > left:
+            raise WorkerError(
+                f"kv_tokens = {kv_tokens} take {kv_tokens * kv_token_bytes / _GIB:.2f} GiB and the "
+                f"adapter pool {pool_bytes / _GIB:.2f} GiB, but weights and activations leave "
+                f"{left / _GIB:.2f} GiB; lower kv_tokens, pool_bytes or max_batch_tokens, or raise "
+                "tp_size"
+            )
+        return Sizes(kv_tokens, pool_bytes)
     if pool_bytes is None:
         for_kv = 0 if kv_tokens is None else kv_tokens * kv_token_bytes
         pool_bytes = int(left * adapter_fraction) if kv_tokens is None else left - for_kv
@@ -92,10 +101,10 @@ def _no_room(name: str, left: int, taken: int) -> str:
     )
 
 
-def log_sizes(usage: Usage, sizes: Sizes, fraction: float) -> None:
+def log_sizes(usage: Usage, sizes: Sizes, fraction: float, kv_token_bytes: int) -> None:
     log.info(
-        "memory: %.1f GiB, %.0f %% of it used: %.2f GiB weights and libraries, %.2f GiB "
-        "activations, %d tokens of KV cache, %.2f GiB adapter pool; graphs come out of the rest",
-        usage.total / _GIB, 100 * fraction, usage.used / _GIB, usage.activations / _GIB,
-        sizes.kv_tokens, sizes.pool_bytes / _GIB,
+        "memory: %.0f %% of %.2f GiB: %.2f GiB weights and libraries, %.2f GiB activations, "
+        "%.2f GiB KV cache of %d tokens, %.2f GiB adapter pool; graphs come out of the rest",
+        100 * fraction, usage.total / _GIB, usage.used / _GIB, usage.activations / _GIB,
+        sizes.kv_tokens * kv_token_bytes / _GIB, sizes.kv_tokens, sizes.pool_bytes / _GIB,
     )  # fmt: skip

@@ -76,12 +76,11 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None  # None: decode steps run as others do
         self.captured: CaptureReport | None = None
         self.compiles = CompileWatch()
-        if config.kv_tokens is None or config.pool_bytes is None:
-            sizes = self._derived_sizes()
-            self.config = replace(config, kv_tokens=sizes.kv_tokens, pool_bytes=sizes.pool_bytes)
-        self._make_memory(self.config)
         # Until every rank has loaded: the first step would wait for the slowest, and count as hung.
         comm.all_reduce(torch.zeros(1, device=self.device))
+        sizes = self._sizes()
+        self.config = replace(config, kv_tokens=sizes.kv_tokens, pool_bytes=sizes.pool_bytes)
+        self._make_memory(self.config)
         if on_gpu:
             self._warm_up_sampling()
             self.warm_up()
@@ -129,13 +128,15 @@ class ModelRunner:
             rank_multiple=_GPU_RANK_MULTIPLE if on_gpu else 1,
         )
 
-    def _derived_sizes(self) -> Sizes:
-        """Of KV cache and pool, the same on all ranks: those that the smallest has room for."""
+    def _sizes(self) -> Sizes:
+        """Of KV cache and pool, the same on all ranks: those that the fullest has room for."""
         config, block = self.config, self.config.block_size
         if self.device.type != "cuda":
-            raise WorkerError(
-                "kv_tokens and pool_bytes are derived on a GPU only; give both for a CPU"
-            )
+            if config.kv_tokens is None or config.pool_bytes is None:
+                raise WorkerError(
+                    "kv_tokens and pool_bytes are derived on a GPU only; give both for a CPU"
+                )
+            return Sizes(config.kv_tokens, config.pool_bytes)
         # Just enough to run the largest step.
         kv_tokens = -(-config.max_batch_tokens // block) * block
         self._make_memory(replace(config, kv_tokens=kv_tokens, pool_bytes=_PROBE_POOL_BYTES))
@@ -146,16 +147,18 @@ class ModelRunner:
                 self.run(Step(self._sequences_of(config.max_batch_tokens, slot)), adapters)
 
         usage = measure(self.device, largest_step, kv_bytes + self.pool.buffer.nbytes)
+        given = config.kv_tokens is not None and config.pool_bytes is not None
+        fraction = 1.0 if given else config.memory_fraction
+        (left,) = self._comm.smallest([usage.left(fraction)])
         sizes = share_out(
-            usage.left(config.memory_fraction),
+            left,
             kv_bytes // kv_tokens,
             block,
             config.kv_tokens,
             config.pool_bytes,
             config.adapter_fraction,
         )
-        sizes = Sizes(*self._comm.smallest([sizes.kv_tokens, sizes.pool_bytes]))
-        log_sizes(usage, sizes, config.memory_fraction)
+        log_sizes(usage, sizes, fraction, kv_bytes // kv_tokens)
         del self.cache, self.pool
         torch.cuda.empty_cache()
         return sizes

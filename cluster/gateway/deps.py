@@ -101,7 +101,6 @@ class GatewayDeps:
     @property
     def max_context(self) -> int:
         """Tokens of prompt and answer together: what model, cache and operator allow."""
-        limits = [self.tokenizer.context_length, self.settings.kv_tokens]
-        if self.settings.max_context is not None:
-            limits.append(self.settings.max_context)
-        return min(limits)
+        settings = self.settings
+        limits = (self.tokenizer.context_length, settings.group_kv_tokens, settings.max_context)
+        return min(limit for limit in limits if limit is not None)

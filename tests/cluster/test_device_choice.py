@@ -34,6 +34,15 @@ def test_groups_that_were_asked_for_must_fit(one_gpu, monkeypatch) -> None:
         choose_device(Settings(device="cuda"))
 
 
+def test_a_gpus_memory_is_shared_out_by_its_groups_where_no_size_is_given() -> None:
+    cpu, gpu = Settings(device="cpu"), Settings(device="cuda")
+    assert (cpu.rank_pool_bytes, cpu.group_kv_tokens) == (1 << 30, 16384)
+    assert (gpu.rank_pool_bytes, gpu.group_kv_tokens) == (None, None)
+    for device in ("cpu", "cuda"):
+        given = Settings.load(device=device, pool_bytes="2GiB", kv_tokens=4096)
+        assert (given.rank_pool_bytes, given.group_kv_tokens) == (2 << 30, 4096)
+
+
 @pytest.mark.parametrize(
     ("config", "on_gpu"),
     [

@@ -267,7 +267,7 @@ def test_padding_takes_the_bytes_of_the_padded_factors(demo, tmp_path):
     rows = {0: (8, 8, 8), 2: (8, 16, 8), 3: (0, 8, 0), 4: (24, 0, 16)}
     elements = sum((g + u) * (h + inter) + d * (inter + h) for g, u, d in rows.values())
     elements += 8 * (h + q) + 16 * (h + 16) + 16 * (q + h)  # q_proj, v_proj, o_proj
-    blocks = list(pool._blocks(pack, 0, 0))
+    blocks = list(pool._blocks.blocks(pack.layers, 0))
     sizes = [-(-(b.shift + b.elements) // 8) * 8 for b in blocks if b.shift == 0]
     assert sum(b.elements for b in blocks) == elements
     assert pool.required_bytes(pack) >= sum(sizes) * 4
@@ -312,9 +312,17 @@ def test_blocks_of_a_layout_lie_in_their_runs_without_overlap(sizes, page):
     layout = BlockLayout(sizes, page)
     end_of: dict[int, int] = {}
     for (run, offset), size in zip(layout.places, sizes, strict=True):
-        assert offset >= end_of.get(run, 0)
+        assert offset == end_of.get(run, 0)  # nothing is lost between two blocks
         end_of[run] = offset + size
         assert end_of[run] <= layout.runs[run] * page
+    assert len(end_of) == len(layout.runs)
+
+
+def test_small_blocks_fill_what_large_ones_leave():
+    """Here each page with a 60 has room for a 40, which comes later."""
+    layout = BlockLayout([60, 60, 60, 40, 40, 40], 100)
+    assert layout.runs == [1, 1, 1]
+    assert layout.places == [(0, 0), (1, 0), (2, 0), (0, 60), (1, 60), (2, 60)]
 
 
 @settings(max_examples=200)

@@ -195,7 +195,7 @@ def test_a_ranks_tables_hold_its_experts_factors(demo, packs):
 def test_a_rank_holds_its_share_of_an_adapters_bytes(demo, packs):
     base, opened = packs
     elements = [
-        sum(b.elements for b in pool._blocks(opened["all"], 0, pool._shard.ep_rank))
+        sum(b.elements for b in pool._blocks.blocks(opened["all"].layers, pool._shard.ep_rank))
         for tp, ep in ((1, 1), (2, 2))
         for pool in make_pools(demo, base, 1 << 20, tp, ep)[:1]
     ]
@@ -221,19 +221,21 @@ def test_what_rank_0_finds_room_for_has_room_on_every_rank(demo, packs):
         try:
             leader.load(slot, pack)
         except PoolFull:
-            own = leader._layouts(pack)[0].runs
-            starts = leader._pages[0].allocate(own)
+            account = leader._account
+            own, mine = account.layouts(pack.layers).of_rank[0].runs, account._pages[0]
+            starts = mine.allocate(own)
             if starts is not None:
                 refused_for_others += 1
                 for first, pages in zip(starts, own, strict=True):
-                    leader._pages[0].release(first, pages)
+                    mine.release(first, pages)
             continue
         resident[slot] = pack
         for pool in pools[1:]:
             pool.load(slot, pack)
         for pool in pools:
             ep_rank = pool._shard.ep_rank
-            assert pool._pages[ep_rank]._free == leader._pages[ep_rank]._free
+            mine, known = pool._account._pages[ep_rank], leader._account._pages[ep_rank]
+            assert mine._free == known._free
             assert pool.used_bytes <= leader.used_bytes
             for loaded, other in resident.items():
                 check_slot(pool, loaded, other, pool._shard)

@@ -44,10 +44,21 @@ def test_no_room_is_said_with_the_setting_to_change(left, kv_tokens, pool_bytes,
         share_out(left, 1000, 16, kv_tokens, pool_bytes, adapter_fraction=0.3)
 
 
+def test_sizes_that_are_both_given_are_kept_where_they_fit_and_else_refused_with_all_of_them():
+    given = {"kv_tokens": 4 * GIB // 1000, "pool_bytes": 6 * GIB}
+    assert share_out(10 * GIB, 1000, 16, **given, adapter_fraction=0.3) == Sizes(**given)
+    says = (
+        r"kv_tokens = 4294967 take 4.00 GiB and the adapter pool 6.00 GiB, but weights and "
+        r"activations leave 9.00 GiB; lower kv_tokens, pool_bytes"
+    )
+    with pytest.raises(WorkerError, match=says):
+        share_out(9 * GIB, 1000, 16, **given, adapter_fraction=0.3)
+
+
 def test_an_engine_works_in_the_sizes_that_were_derived(
     demo, make_engine, run, greedy, monkeypatch
 ):
-    monkeypatch.setattr(ModelRunner, "_derived_sizes", lambda self: Sizes(160, 3 << 20))
+    monkeypatch.setattr(ModelRunner, "_sizes", lambda self: Sizes(160, 3 << 20))
     engine = make_engine(kv_tokens=None, pool_bytes=None)
     assert engine.report().kv_blocks_total == 10
     assert engine.report().pool_bytes_total <= 3 << 20
