@@ -4,6 +4,7 @@ what sampling asks of a vocabulary's logits."""
 from .align import moe_lora_align_block_size
 from .aligned import AlignedBatch, BlockSegments
 from .backends import backend_for
+from .block_fp8 import FP8, FP8_BLOCK, dequantise_fp8, fp8_blocks
 from .dense_lora import lora_linear_
 from .least_kept import least_kept
 from .lora_batch import TUNED_ADAPTERS, LoraBatch
@@ -29,6 +30,8 @@ from .runner import MoeBackend, MoeRunner
 from .torch_backend import TorchBackend
 
 __all__ = [
+    "FP8",
+    "FP8_BLOCK",
     "FUSED_GATE_UP",
     "MAX_RANK",
     "SHARED_A13",
@@ -47,6 +50,8 @@ __all__ = [
     "TorchBackend",
     "align_reference",
     "backend_for",
+    "dequantise_fp8",
+    "fp8_blocks",
     "fused_moe",
     "gather_dense_factors",
     "gather_factors",
