@@ -4,15 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex.kernels import FP8
-from loraplex.kernels.gpu.fp8 import decode
 
 from ..cases import assert_close
-from ..fp8 import e4m3, fp8_layer
+from ..fp8 import fp8_layer
+from ..fp8_decode import assert_every_code_is_decoded
 from .layers import (
     BACKENDS,
     TOLERANCE,
@@ -27,18 +24,9 @@ from .layers import (
 pytestmark = interpreted
 
 
-@triton.jit
-def decode_kernel(codes, out, N: tl.constexpr):
-    i = tl.arange(0, N)
-    tl.store(out + i, decode(tl.load(codes + i), out.dtype.element_ty))
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_every_code_is_decoded_exactly(dtype):
-    out = torch.empty(256, dtype=dtype)
-    decode_kernel[(1,)](torch.arange(256, dtype=torch.uint8).view(FP8), out, tl.constexpr(256))
-    want = torch.tensor([e4m3(code) for code in range(256)])
-    assert torch.equal(out.float().nan_to_num(1e9), want.nan_to_num(1e9))
+    assert_every_code_is_decoded(dtype, "cpu")
 
 
 @examples(25)
