@@ -23,9 +23,9 @@ class ClampedSwiglu:
 class MoeWeights:
     """Experts of one layer on this rank.
 
-    Weights are in the dtype of the activations, or FP8 with scales as `block_fp8` says: those are
-    read as they are, but nothing of the activations is quantised. Small batches are bound by the
-    bytes of the weights, which FP8 halves; the products have no other error than their rounding.
+    Weights are in the dtype of the activations, or FP8 with scales as `block_fp8` says. FP8 is for
+    the weights alone: small batches are bound by their bytes, which it halves, and activations that
+    aren't quantised leave the products as exact as those of the dequantised weights.
     """
 
     w13: torch.Tensor  # [E, 2I, H], gate rows first
