@@ -69,7 +69,8 @@ def layer_floors_us(
     pairs = int(here.sum())
     experts = ids[here].unique().numel()
     rows_read = int(here.any(1).sum())
-    moved = _ELEMENT * (experts * shape.expert_elements + (rows_read + tokens) * shape.hidden)
+    moved = experts * shape.expert_bytes(_ELEMENT)
+    moved += _ELEMENT * (rows_read + tokens) * shape.hidden
     moved += ids.nbytes + routing.weights.nbytes
     flop = 2 * pairs * shape.expert_elements
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from loraplex.kernels import ExpertLoraTables
+from loraplex.kernels import FP8, FP8_BLOCK, ExpertLoraTables, MoeWeights, fp8_blocks
 
 WEIGHT_STD = 0.02
 # With x and weights as here, an adapter changes gate, up and down by half of the base's size.
@@ -27,6 +27,7 @@ class Shape:
     top_k: int
     all_experts: int  # of all ranks: what the router chooses from
     parallel: str = "none"
+    fp8: bool = False  # base weights in FP8
 
     @classmethod
     def whole(cls, name: str, hidden: int, intermediate: int, experts: int, top_k: int) -> Shape:
@@ -48,6 +49,17 @@ class Shape:
         """Elements of one expert's w13 and w2."""
         return 3 * self.hidden * self.intermediate
 
+    def expert_bytes(self, element: int) -> float:
+        """Of one expert's w13 and w2, whose elements have `element` bytes where they aren't FP8."""
+        if self.fp8:
+            return self.expert_elements * (1 + 4 / FP8_BLOCK**2)
+        return self.expert_elements * element
+
+    @property
+    def possible(self) -> bool:
+        """Whether no block of FP8 weights holds both gate and up rows."""
+        return not self.fp8 or self.intermediate % FP8_BLOCK == 0
+
     def factor_elements(self, rank: int) -> tuple[int, int, int, int]:
         """Elements of one (slot, expert)'s A13, B13, A2 and B2."""
         hidden, inner = self.hidden, self.intermediate
@@ -59,8 +71,9 @@ class Shape:
 
     def __str__(self) -> str:
         share = "" if self.parallel == "none" else f", {self.parallel} rank"
+        fp8 = ", FP8 weights" if self.fp8 else ""
         return (
-            f"{self.name}{share}: hidden {self.hidden}, intermediate {self.intermediate}, "
+            f"{self.name}{share}{fp8}: hidden {self.hidden}, intermediate {self.intermediate}, "
             f"{self.experts} experts, top {self.top_k} of {self.all_experts}"
         )
 
@@ -78,6 +91,7 @@ SHAPES = {
 }
 MAIN_SHAPE, RANK = "qwen3-30b", 16  # of the published bars and the default rows
 SMOKE_SHAPE = Shape.whole("smoke", 64, 32, 8, 2)
+SMOKE_FP8_SHAPE = Shape.whole("smoke", 192, 256, 8, 2)
 
 
 @dataclass(frozen=True)
@@ -102,12 +116,10 @@ def make_routing(shape: Shape, tokens: int, adapters: int, index: int) -> Routin
     return Routing(weights, ids.int(), slot.int())
 
 
-def make_weights(
-    shape: Shape, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """w13 [E, 2I, H] and w2 [E, H, I]."""
+def make_weights(shape: Shape, dtype: torch.dtype, device: torch.device) -> MoeWeights:
+    """In `dtype` or in FP8."""
     hidden, inner = shape.hidden, shape.intermediate
-    return (
+    w13, w2 = (
         torch.empty(shape.experts, 2 * inner, hidden, dtype=dtype, device=device).normal_(
             0, WEIGHT_STD
         ),
@@ -115,6 +127,14 @@ def make_weights(
             0, WEIGHT_STD
         ),
     )
+    if not shape.fp8:
+        return MoeWeights(w13, w2)
+    scale13, scale2 = (
+        WEIGHT_STD * (0.5 + torch.rand(w.shape[0], *map(fp8_blocks, w.shape[1:]), device=device))
+        for w in (w13, w2)
+    )
+    codes = [w.div_(WEIGHT_STD).to(FP8) for w in (w13, w2)]
+    return MoeWeights(codes[0], codes[1], w13_scale=scale13, w2_scale=scale2)
 
 
 def make_tables(

@@ -15,6 +15,7 @@ from _moe_timing import Captured
 from loraplex.kernels import (
     ExpertLoraTables,
     LoraBatch,
+    MoeWeights,
     align_reference,
     fused_moe,
     moe_lora_align_block_size,
@@ -34,26 +35,30 @@ class LayerInput:
     """Arguments of one layer call; without `tables`, the base model alone."""
 
     x: torch.Tensor
-    w13: torch.Tensor
-    w2: torch.Tensor
+    weights: MoeWeights
     routing: Routing
     tables: ExpertLoraTables | None = None
     token_slot: torch.Tensor | None = None
 
     def call(self) -> partial[torch.Tensor]:
-        args = (self.x, self.w13, self.w2, self.routing.weights, self.routing.ids)
+        w = self.weights
+        args = (self.x, w.w13, w.w2, self.routing.weights, self.routing.ids)
+        scales = {"w13_scale": w.w13_scale, "w2_scale": w.w2_scale}
         if self.tables is None or self.token_slot is None:
-            return partial(fused_moe, *args)
+            return partial(fused_moe, *args, **scales)
         batch = LoraBatch.from_token_slot(  # once a step, not timed
             self.token_slot, ordered=True, num_adapters=int(self.token_slot.unique().numel())
         )
-        return partial(fused_moe, *args, lora=self.tables, token_slot=batch)
+        return partial(fused_moe, *args, lora=self.tables, token_slot=batch, **scales)
 
     def reference(self, rows: torch.Tensor) -> torch.Tensor:
         """float32 output of the tokens `rows`."""
         slot = None if self.token_slot is None else self.token_slot[rows]
-        weights, ids = self.routing.weights[rows], self.routing.ids[rows]
-        return moe_reference(self.x[rows], self.w13, self.w2, weights, ids, self.tables, slot)
+        w, weights, ids = self.weights, self.routing.weights[rows], self.routing.ids[rows]
+        return moe_reference(
+            self.x[rows], w.w13, w.w2, weights, ids, self.tables, slot,
+            w13_scale=w.w13_scale, w2_scale=w.w2_scale,
+        )  # fmt: skip
 
 
 class Layers:
@@ -64,7 +69,7 @@ class Layers:
     ):
         self.shape, self.rank = shape, rank
         self._dtype, self._device, self._l2_bytes = dtype, device, l2_bytes
-        self._weights: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._weights: list[MoeWeights] = []
         self._tables = make_tables(shape, rank, dtype, device)
 
     def routings(self, tokens: int, adapters: int) -> list[Routing]:
@@ -83,7 +88,7 @@ class Layers:
         return [
             LayerInput(
                 torch.randn(size, device=self._device).to(self._dtype),
-                *self._weights[index % copies],
+                self._weights[index % copies],
                 routing.to(self._device),
             )
             for index, routing in enumerate(routings)
@@ -103,14 +108,13 @@ class Layers:
             first = index * adapters % (filled - adapters + 1)
             tables, first = tables_with_slots(self._tables, slots, adapters, first)
             slot = layer.routing.slot + first
-            inputs.append(
-                LayerInput(layer.x, layer.w13, layer.w2, layer.routing, tables, slot.int())
-            )
+            inputs.append(LayerInput(layer.x, layer.weights, layer.routing, tables, slot.int()))
         return inputs
 
     def _calls_that_outgrow_l2(self, tokens: int) -> int:
-        touched = self.shape.active_experts(tokens) * self.shape.expert_elements
-        return math.ceil(COLD_L2S * self._l2_bytes / (touched * self._dtype.itemsize))
+        expert_bytes = self.shape.expert_bytes(self._dtype.itemsize)
+        touched = self.shape.active_experts(tokens) * expert_bytes
+        return math.ceil(COLD_L2S * self._l2_bytes / touched)
 
 
 def relative_error(captured: Captured, inputs: Sequence[LayerInput]) -> float:

@@ -30,6 +30,8 @@ def bars_of(row: dict[str, Any]) -> dict[str, bool]:
     """Each bar that the row has, and whether it is met."""
     if row["shape"] != MAIN_SHAPE or row["parallel"] != "none" or row["rank"] != RANK:
         return {}
+    if row["fp8"]:
+        return {}
     bars = {}
     if (least := BASE_BARS.get(row["tokens"])) is not None:
         bars[f"floor/base >= {least:.2f}"] = row["base_floor_us"] >= least * row["base_us"]

@@ -2,6 +2,7 @@
 
     python benchmarks/moe_lora.py                   # Qwen3-30B-A3B's experts, one GPU
     python benchmarks/moe_lora.py --all             # all shapes, TP and EP shares, 256 slots
+    python benchmarks/moe_lora.py --fp8             # the same rows with base weights in FP8
     python benchmarks/moe_lora.py --tokens 8,64 --profile
     python benchmarks/moe_lora.py --floors 3.03 759 # floors alone, at these TB/s and TFLOP/s
 
@@ -23,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +37,7 @@ from _moe_inputs import (
     MAIN_SHAPE,
     RANK,
     SHAPES,
+    SMOKE_FP8_SHAPE,
     SMOKE_SHAPE,
     Routing,
     Shape,
@@ -112,6 +115,7 @@ class Bench:
             row = {
                 "shape": shape.name,
                 "parallel": shape.parallel,
+                "fp8": shape.fp8,
                 "tokens": tokens,
                 "adapters": adapters,
                 "rank": rank,
@@ -207,6 +211,7 @@ def parse_args() -> argparse.Namespace:
     option("--all", action="store_true", help=all_help)
     option("--tokens", type=numbers, metavar="8,64", help="only these rows")
     option("--adapters", type=numbers, metavar="1,8", help="only these rows")
+    option("--fp8", action="store_true", help="base weights in FP8 (blocks of 128 x 128)")
     option("--rank", type=int, default=RANK)
     option("--replays", type=int, default=50, help="of each graph, timed")
     option("--profile", action="store_true", help="print each row's kernels")
@@ -234,6 +239,7 @@ def result_of(args: argparse.Namespace, bench: Bench, machine: str) -> dict[str,
                      "matmul_tflop_s": round(bench.ceilings.matmul_flop_s / 1e12, 1)},
         "l2_bytes": bench.l2_bytes,
         "dtype": "bfloat16",
+        "weights": "float8_e4m3fn" if args.fp8 else "bfloat16",
         "shapes": {
             name: {"hidden": shape.hidden, "intermediate": shape.intermediate,
                    "experts": shape.experts, "top_k": shape.top_k}
@@ -254,10 +260,15 @@ def main() -> None:
         and (not args.adapters or adapters in args.adapters)
     ]
     if args.smoke:
-        shapes = [SMOKE_SHAPE] + [SMOKE_SHAPE.share(parallel) for parallel in args.parallel]
+        smoke = SMOKE_FP8_SHAPE if args.fp8 else SMOKE_SHAPE
+        shapes = [smoke] + [smoke.share(parallel) for parallel in args.parallel]
     else:
         shapes = [SHAPES[name] for name in args.shapes]
         shapes += [SHAPES[MAIN_SHAPE].share(parallel) for parallel in args.parallel]
+    shapes = [replace(shape, fp8=args.fp8) for shape in shapes]
+    for shape in (shape for shape in shapes if not shape.possible):
+        print(f"left out: {shape}: blocks of 128 would hold gate and up rows")
+    shapes = [shape for shape in shapes if shape.possible]
     if args.floors:
         print_floors(shapes, grid, args.rank, args.floors)
         return
@@ -290,7 +301,10 @@ def main() -> None:
         return
     model = re.search(r"\b[A-Z]+\d+\b", name)
     machine = args.machine or (model[0] if model else name.replace(" ", "-")).lower()
-    path = args.out or Path(__file__).parent / "results" / machine / "moe_lora.json"
+    path = (
+        args.out
+        or Path(__file__).parent / "results" / machine / f"moe_lora{'_fp8' * args.fp8}.json"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result_of(args, bench, machine), indent=1) + "\n")
     print(f"written to {path}")

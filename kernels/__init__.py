@@ -5,6 +5,7 @@ from .align import moe_lora_align_block_size
 from .aligned import AlignedBatch, BlockSegments
 from .attention import paged_attention, write_kv
 from .backends import backend_for
+from .block_fp8 import FP8, FP8_BLOCK, dequantise_fp8, fp8_blocks
 from .dense_lora import lora_linear, lora_linear_
 from .least_kept import least_kept
 from .lora_batch import TUNED_ADAPTERS, LoraBatch
@@ -34,6 +35,8 @@ from .softmax_topk import softmax_topk
 from .torch_backend import TorchBackend
 
 __all__ = [
+    "FP8",
+    "FP8_BLOCK",
     "FUSED_GATE_UP",
     "MAX_RANK",
     "SHARED_A13",
@@ -55,6 +58,8 @@ __all__ = [
     "add_rms_norm_",
     "align_reference",
     "backend_for",
+    "dequantise_fp8",
+    "fp8_blocks",
     "fused_moe",
     "gather_dense_factors",
     "gather_factors",

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from . import mkl_gemm
+from .block_fp8 import dequantise_fp8
 from .host import on_host
 
 FLOAT32_BYTES = 4
@@ -18,16 +19,27 @@ FEW_ROWS = 8
 
 
 def grouped_mm(
-    rows: torch.Tensor, weights: torch.Tensor, expert_first_row: torch.Tensor
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    expert_first_row: torch.Tensor,
+    scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """rows [n, in], weights [E, out, in], expert_first_row int32 [E + 1] -> [n, out]."""
+    """rows [n, in], weights [E, out, in], expert_first_row int32 [E + 1] -> [n, out].
+
+    FP8 weights, whose `scale` is given, are dequantised to float32, an expert at a time.
+    """
     if mkl_gemm.usable(rows, weights):
         return _grouped_mm_mkl(rows, weights, on_host(expert_first_row))
     out = rows.new_empty(rows.shape[0], weights.shape[1])
     bounds = expert_first_row.tolist()
     for expert, (first, end) in enumerate(pairwise(bounds)):
-        if first < end:
+        if first == end:
+            continue
+        if scale is None:
             torch.mm(rows[first:end], weights[expert].t(), out=out[first:end])
+        else:
+            weight = dequantise_fp8(weights[expert], scale[expert])
+            out[first:end] = rows[first:end].float() @ weight.t()
     return out
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .block_fp8 import dequantise_fp8
 from .lora_tables import FUSED_GATE_UP, DenseLoraTables, ExpertLoraTables
 from .moe_weights import ClampedSwiglu
 
@@ -75,9 +76,13 @@ def moe_reference(
     w13_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
     clamped: ClampedSwiglu | None = None,
+    w13_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`fused_moe`, one (token, chosen expert) pair at a time. Returns float32 [T, H]."""
-    x, w13, w2 = x.float(), w13.float(), w2.float()
+    x = x.float()
+    w13 = w13.float() if w13_scale is None else dequantise_fp8(w13, w13_scale)
+    w2 = w2.float() if w2_scale is None else dequantise_fp8(w2, w2_scale)
     hidden, intermediate = x.shape[1], w2.shape[2]
     out = torch.zeros_like(x)
     for t in range(x.shape[0]):

@@ -27,9 +27,14 @@ class MoeBackend(ABC):
 
     @abstractmethod
     def align(
-        self, topk_ids: torch.Tensor, lora_batch: LoraBatch | None, weights: MoeWeights
+        self,
+        topk_ids: torch.Tensor,
+        lora_batch: LoraBatch | None,
+        weights: MoeWeights,
+        dtype: torch.dtype | None = None,
     ) -> Any:
-        """The batch: rows of topk_ids [T, K] ordered by expert and slot."""
+        """The batch: rows of topk_ids [T, K] ordered by expert and slot. `dtype` is that of the
+        activations; None: as the weights'."""
 
     @abstractmethod
     def gate_up(self, x: torch.Tensor, weights: MoeWeights, batch: Any) -> torch.Tensor:
@@ -120,7 +125,7 @@ class MoeRunner:
         """
         if lora is None or lora_batch is None:
             lora = lora_batch = None
-        batch = self.backend.align(topk_ids, lora_batch, weights)
+        batch = self.backend.align(topk_ids, lora_batch, weights, x.dtype)
         a = self.backend.first_half(x, weights, batch, lora, self.after_gate_up)
         return self.backend.second_half(
             a, weights, topk_weights, topk_ids, batch, lora, self.before_combine

@@ -23,7 +23,11 @@ class TorchBackend(MoeBackend):
     """Any device and float type; what CPUs run on."""
 
     def align(
-        self, topk_ids: torch.Tensor, lora_batch: LoraBatch | None, weights: MoeWeights
+        self,
+        topk_ids: torch.Tensor,
+        lora_batch: LoraBatch | None,
+        weights: MoeWeights,
+        dtype: torch.dtype | None = None,
     ) -> RowBatch:
         check("topk_ids", topk_ids, shape=(None, None), dtype=INTEGER_TYPES)
         if lora_batch is not None:
@@ -33,7 +37,7 @@ class TorchBackend(MoeBackend):
     def gate_up(self, x: torch.Tensor, weights: MoeWeights, batch: RowBatch) -> torch.Tensor:
         weights.check(x)
         check("x", x, shape=(batch.num_tokens, None))
-        h = grouped_mm(_rows(x, batch), weights.w13, batch.expert_first_row)
+        h = grouped_mm(_rows(x, batch), weights.w13, batch.expert_first_row, weights.w13_scale)
         return _add_bias_(h, weights.w13_bias, batch)
 
     def lora_gate_up_(
@@ -54,7 +58,7 @@ class TorchBackend(MoeBackend):
 
     def down(self, a: torch.Tensor, weights: MoeWeights, batch: RowBatch) -> torch.Tensor:
         check("a", a, shape=(_num_rows(batch), weights.intermediate), dtype=FLOAT_TYPES)
-        y = grouped_mm(a, weights.w2, batch.expert_first_row)
+        y = grouped_mm(a, weights.w2, batch.expert_first_row, weights.w2_scale)
         return _add_bias_(y, weights.w2_bias, batch)
 
     def lora_down_(

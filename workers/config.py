@@ -17,6 +17,7 @@ from .families import (
     quant_method,
     rope_parameters,
     rope_type,
+    unserved_fp8_format,
     unserved_options,
 )
 from .rope_parameters import Yarn
@@ -52,7 +53,7 @@ class ModelConfig:
     latent: LatentSizes | None = None  # where attention is by latents; num_kv_heads is 1 then
     routing_groups: RoutingGroups | None = None
     swiglu_clamp: tuple[float, float] | None = None  # gpt-oss's (alpha, limit); None: plain SwiGLU
-    quantisation: str | None = None  # of the checkpoint; in memory nothing is quantised
+    quantisation: str | None = None  # of the checkpoint; in memory FP8 experts alone are quantised
 
     @property
     def rope_dim(self) -> int:
@@ -135,6 +136,8 @@ def _check_served(path: Path, raw: dict[str, Any], family: Family) -> None:
             f"{path}: weights quantised by {quantisation!r} (quantization_config) aren't served; "
             f"give the checkpoint {readable}"
         )
+    if quantisation == "fp8" and (format_ := unserved_fp8_format(raw)):
+        raise ModelUnsupported(f"{path}: quantization_config has {format_}")
     for name, value in unserved_options(raw, family).items():
         raise ModelUnsupported(f"{path}: {name} = {value!r} isn't served")
 

@@ -45,7 +45,7 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "qwen3_moe": Family(windows="switched", sliding_window=4096),
+    "qwen3_moe": Family(windows="switched", sliding_window=4096, quantisations=frozenset({"fp8"})),
     "olmoe": Family(expert_size_field="intermediate_size"),
     "mixtral": Family(
         expert_size_field="intermediate_size",
@@ -73,8 +73,15 @@ FAMILIES: Mapping[str, Family] = {
         windows="some",
         sliding_window=128,
     ),
-    "deepseek_v2": Family(latent=True),
-    "deepseek_v3": Family(norm_topk_prob=True, latent=True),
+    "deepseek_v2": Family(latent=True, quantisations=frozenset({"fp8"})),
+    "deepseek_v3": Family(norm_topk_prob=True, latent=True, quantisations=frozenset({"fp8"})),
+}
+
+FP8_BLOCK = 128  # rows, and columns, of FP8 weights that share a scale; `kernels` says so too
+_FP8_FORMAT = {
+    "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
 }
 
 
@@ -142,6 +149,17 @@ def quant_method(raw: Mapping[str, Any]) -> str | None:
     """How the checkpoint's weights are quantised; None: they aren't."""
     quantisation = raw.get("quantization_config")
     return quantisation.get("quant_method", "unknown") if quantisation else None
+
+
+def unserved_fp8_format(raw: Mapping[str, Any]) -> str | None:
+    """What an FP8 checkpoint's `quantization_config` has that can't be read, and what can."""
+    quantisation = raw["quantization_config"]
+    for name, served in _FP8_FORMAT.items():
+        # Without a block size there is one scale a tensor.
+        found = quantisation.get(name, None if name == "weight_block_size" else served)
+        if found != served:
+            return f"{name} = {found!r}; FP8 weights are served with {served!r}"
+    return None
 
 
 def _unless(value: Any, usual: Any) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .config import ModelConfig
 from .errors import ModelUnsupported
+from .families import FP8_BLOCK
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,18 @@ class Shard:
             parts = f"tp size {tp}" if ep == 1 else f"tp size {tp} / ep size {ep} = {tp // ep}"
             raise ModelUnsupported(
                 f"{parts} doesn't divide moe_intermediate_size = {m.moe_intermediate_size}"
+            )
+        if m.quantisation == "fp8" and self.intermediate % FP8_BLOCK:
+            blocks = f"the {FP8_BLOCK}-blocks of FP8 weights"
+            if m.moe_intermediate_size % FP8_BLOCK:
+                raise ModelUnsupported(
+                    f"moe_intermediate_size = {m.moe_intermediate_size} isn't a multiple of "
+                    f"{FP8_BLOCK}, so gate and up rows would meet within {blocks}"
+                )
+            raise ModelUnsupported(
+                f"tp size {tp} / ep size {ep} = {tp // ep} cuts moe_intermediate_size = "
+                f"{m.moe_intermediate_size} within {blocks}; use --ep to split the experts over "
+                f"ranks, so that each rank's part of one is a multiple of {FP8_BLOCK}"
             )
         if m.num_kv_heads % tp and tp % m.num_kv_heads:
             raise ModelUnsupported(

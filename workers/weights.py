@@ -22,7 +22,11 @@ class TensorSource(Protocol):
 
     dtype: torch.dtype  # the model's
     device: str
-    read_bytes: int  # of all that `get` gave so far, before it was cast
+
+    @property
+    def read_bytes(self) -> int:
+        """Of all that `get` gave so far, before it was cast."""
+        ...
 
     def __contains__(self, name: str, /) -> bool: ...
 
@@ -41,8 +45,9 @@ class TensorSource(Protocol):
         Args:
             shape: of the whole tensor, as config.json has it.
             into: where to put it; None: a new, contiguous tensor on the rank's device.
-            dtype: of that one; None: the model's. One of whole numbers must be the checkpoint's:
-                codes of quantised weights mean nothing in another.
+            dtype: of that one; None: the model's. One of whole numbers or of one byte, here or in
+                the checkpoint, must be the other's: codes of quantised weights mean nothing in
+                another.
 
         Returns:
             What `into` is, or the new tensor.
@@ -120,16 +125,18 @@ class Checkpoint:
                 f"says {list(shape)}"
             )
         stored = file.tensors[name].dtype
-        if dtype is not None and not dtype.is_floating_point and stored != dtype:
+        wanted = into.dtype if into is not None else dtype or self.dtype
+        codes = not wanted.is_floating_point or 1 in (wanted.itemsize, stored.itemsize)
+        if codes and stored != wanted:
             raise ModelFilesInvalid(
-                f"{self._folder}: the tensor {name!r} is of {stored}, {dtype} is needed"
+                f"{self._folder}: the tensor {name!r} is of {stored}, {wanted} is needed"
             )
         part = file.read(name, whole_slices(shape, rows, cols, depth), self._scratch)
         with self._lock:
             self.read_bytes += part.nbytes
         out = into
         if out is None:
-            out = torch.empty(part.shape, dtype=dtype or self.dtype, device=self.device)
+            out = torch.empty(part.shape, dtype=wanted, device=self.device)
         return out.copy_(part)
 
     def _scratch(self, nbytes: int) -> torch.Tensor:

@@ -55,7 +55,8 @@ class FusedBackend(HookedBackend):
             if lora.shared_outer and batch.lora_batch is not None:
                 shrink_tokens_(shrunk, x, batch.topk_ids, batch.lora_batch, batch.row_of_pair, lora)
         gate_up_kernel[grid](
-            x, weights.w13, x if weights.w13_bias is None else weights.w13_bias, a,
+            x, weights.w13, x if weights.w13_scale is None else weights.w13_scale,
+            x if weights.w13_bias is None else weights.w13_bias, a,
             *batch_args(rows), *expand_args(shrunk, rows.num_blocks),
             0 if shrunk is None else shrunk.part_stride,
             hidden, intermediate, rows.top_k, x.stride(0), a.stride(0),
@@ -63,7 +64,7 @@ class FusedBackend(HookedBackend):
             weight_tiles(weights.w13, tile),
             **expand_flags(shrunk, tile), BIAS=weights.w13_bias is not None,
             CLAMPED=clamped is not None,
-            **gemm_flags(tile, rows, hidden, intermediate),
+            **gemm_flags(tile, rows, weights.w13, intermediate),
         )  # fmt: skip
         return a
 
@@ -86,7 +87,7 @@ class FusedBackend(HookedBackend):
             shrunk = shrink_down(a, rows, lora, batch.tiles.shrink_down, shared_bit)
         y = a.new_empty(rows.num_tokens * rows.top_k, weights.hidden)
         grouped_gemm(
-            a, weights.w2, weights.w2_bias, y, rows, batch.tiles.down,
+            a, weights.w2, weights.w2_scale, weights.w2_bias, y, rows, batch.tiles.down,
             topk_weights=topk_weights, shrunk=shrunk,
         )  # fmt: skip
         if shrunk is not None and lora is not None and lora.shared_outer and batch.lora_batch:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .expand import GROUP, add_groups, read_groups, read_list
+from .fp8 import BLOCK, block_scale, decode
 from .launch import pdl_launch_dependents, pdl_wait
 
 
@@ -26,13 +27,14 @@ def swiglu(gate, up, alpha, limit, CLAMPED: tl.constexpr):
 
 @triton.jit
 def _gate_up_tile(
-    x, w13, bias, out, sorted_pairs, expert, block, first_row, end_row, n0,
+    x, w13, w_scale, bias, out, sorted_pairs, expert, block, first_row, end_row, n0,
     pool, s, group_count, groups, row_groups, list_length, part_rows,
     s_stride, split_stride, part_stride,
     hidden, intermediate, top_k, x_stride, out_stride, alpha, limit, w_tiles,
     LORA: tl.constexpr, ALIGNED: tl.constexpr, SPLITS: tl.constexpr, EK: tl.constexpr,
     AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     BIAS: tl.constexpr, CLAMPED: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
+    FP8: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows from `first_row`, BN columns from `n0`."""
@@ -47,6 +49,10 @@ def _gate_up_tile(
     if AHEAD:
         gate_count, gate_first, gate_end, ga, gb, gc, gd = read_list(row, block * 2, 0, *lists, EK)
         up_count, up_first, up_end, ua, ub, uc, ud = read_list(row, block * 2 + 1, 1, *lists, EK)
+    if FP8:  # blocks of gate end where up's begin
+        gate_blocks = intermediate // BLOCK * tl.cdiv(hidden, BLOCK)
+        gate_scale = w_scale + expert * 2 * gate_blocks
+        up_scale = gate_scale + gate_blocks
     gate = tl.zeros([ROWS, BN], tl.float32)
     up = tl.zeros([ROWS, BN], tl.float32)
     for k0 in range(0, hidden, BK):
@@ -66,8 +72,14 @@ def _gate_up_tile(
             wg = tl.load(w_gate + k[:, None], mask=inside, other=0.0)
             up_part = intermediate.to(tl.int64) * hidden
             wu = tl.load(w_gate + up_part + k[:, None], mask=inside, other=0.0)
-        gate = tl.dot(xs, wg, gate, input_precision="ieee")
-        up = tl.dot(xs, wu, up, input_precision="ieee")
+        if FP8:
+            gate_step = tl.dot(xs, decode(wg, xs.dtype), input_precision="ieee")
+            up_step = tl.dot(xs, decode(wu, xs.dtype), input_precision="ieee")
+            gate += gate_step * block_scale(gate_scale, n, n0, k0, intermediate, hidden, BN)
+            up += up_step * block_scale(up_scale, n, n0, k0, intermediate, hidden, BN)
+        else:
+            gate = tl.dot(xs, wg, gate, input_precision="ieee")
+            up = tl.dot(xs, wu, up, input_precision="ieee")
     if LORA:
         if not AHEAD:
             pdl_wait(PDL)
@@ -107,7 +119,7 @@ def _gate_up_tile(
 
 @triton.jit
 def gate_up_kernel(
-    x, w13, bias, out,
+    x, w13, w_scale, bias, out,
     sorted_pairs, block_expert, block_end, num_blocks,
     pool, s, group_count, groups, row_groups, list_length, part_rows,
     s_stride, split_stride, part_stride,
@@ -116,10 +128,13 @@ def gate_up_kernel(
     LORA: tl.constexpr, ALIGNED: tl.constexpr, SPLITS: tl.constexpr, EK: tl.constexpr,
     AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
     BIAS: tl.constexpr, CLAMPED: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
+    FP8: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHORT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """out [rows, I]; x [T, H], w13 [E, 2I, H]. Programs walk the tiles that there are.
+
+    FP8: w13 is e4m3, w_scale float32 [E, 2I / 128, ceil(H / 128)]; BK divides 128.
 
     AHEAD: what the first group of ranks needs is looked up before the base product, which is to
     wait for the shrink at once; else the base product runs beside the end of the shrink.
@@ -140,20 +155,20 @@ def gate_up_kernel(
         end_row = tl.load(block_end + block, cache_modifier=".cg")
         if SHORT and end_row - block * BM <= BM // 2:
             _gate_up_tile(
-                x, w13, bias, out, sorted_pairs, expert, block, block * BM, end_row, n0,
+                x, w13, w_scale, bias, out, sorted_pairs, expert, block, block * BM, end_row, n0,
                 pool, s, group_count, groups, row_groups, list_length, part_rows,
                 s_stride, split_stride, part_stride,
                 hidden, intermediate, top_k, x_stride, out_stride, alpha, limit, w_tiles,
-                LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES, BIAS, CLAMPED, EVEN, TMA,
+                LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES, BIAS, CLAMPED, EVEN, TMA, FP8,
                 BM // 2, BN, BK, PDL,
             )  # fmt: skip
         else:
             _gate_up_tile(
-                x, w13, bias, out, sorted_pairs, expert, block, block * BM, end_row, n0,
+                x, w13, w_scale, bias, out, sorted_pairs, expert, block, block * BM, end_row, n0,
                 pool, s, group_count, groups, row_groups, list_length, part_rows,
                 s_stride, split_stride, part_stride,
                 hidden, intermediate, top_k, x_stride, out_stride, alpha, limit, w_tiles,
-                LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES, BIAS, CLAMPED, EVEN, TMA,
+                LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES, BIAS, CLAMPED, EVEN, TMA, FP8,
                 BM, BN, BK, PDL,
             )  # fmt: skip
     if LORA and not AHEAD:

@@ -9,17 +9,18 @@ import triton
 import triton.language as tl
 
 from .expand import GROUP, add_groups, read_groups, read_list
+from .fp8 import BLOCK, block_scale, decode
 from .launch import pdl_launch_dependents, pdl_wait
 
 
 @triton.jit
 def _tile(
-    x, w, bias, weights, out, sorted_pairs, expert, block, first_row, end_row, n0,
+    x, w, w_scale, bias, weights, out, sorted_pairs, expert, block, first_row, end_row, n0,
     pool, s, group_count, groups, row_groups, list_length, part_rows, s_stride, split_stride,
     inner, columns, top_k, x_stride, out_stride, x_tiles, w_tiles,
     BY_TOKEN: tl.constexpr, TO_PAIR: tl.constexpr, LORA: tl.constexpr, ALIGNED: tl.constexpr,
     SPLITS: tl.constexpr, EK: tl.constexpr, AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
-    BIAS: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, EVEN: tl.constexpr, FP8: tl.constexpr,
     TMA: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -41,6 +42,8 @@ def _tile(
     lists = (group_count, groups, row_groups, list_length, part_rows)
     if AHEAD:
         count, first, end, ga, gb, gc, gd = read_list(row, block, 0, *lists, EK)
+    if FP8:
+        scale = w_scale + expert * tl.cdiv(columns, BLOCK) * tl.cdiv(inner, BLOCK)
     acc = tl.zeros([ROWS, BN], tl.float32)
     for k0 in range(0, inner, BK):
         k = k0 + k_in_tile
@@ -58,7 +61,11 @@ def _tile(
             xs = tl.load(x_row + k[None, :], mask=inside, other=0.0)
             inside = (k < inner)[:, None] & (n < columns)[None, :]
             ws = tl.load(w_row + k[:, None], mask=inside, other=0.0)
-        acc = tl.dot(xs, ws, acc, input_precision="ieee")
+        if FP8:
+            step = tl.dot(xs, decode(ws, xs.dtype), input_precision="ieee")
+            acc += step * block_scale(scale, n, n0, k0, columns, inner, BN)
+        else:
+            acc = tl.dot(xs, ws, acc, input_precision="ieee")
     if LORA:
         if not AHEAD:
             pdl_wait(PDL)
@@ -83,13 +90,13 @@ def _tile(
 
 @triton.jit
 def grouped_gemm_kernel(
-    x, w, bias, weights, out,
+    x, w, w_scale, bias, weights, out,
     sorted_pairs, block_expert, block_end, num_blocks,
     pool, s, group_count, groups, row_groups, list_length, part_rows, s_stride, split_stride,
     inner, columns, top_k, x_stride, out_stride, x_tiles, w_tiles,
     BY_TOKEN: tl.constexpr, TO_PAIR: tl.constexpr, LORA: tl.constexpr, ALIGNED: tl.constexpr,
     SPLITS: tl.constexpr, EK: tl.constexpr, AHEAD: tl.constexpr, EXPAND_STAGES: tl.constexpr,
-    BIAS: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, EVEN: tl.constexpr, FP8: tl.constexpr,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SHORT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -98,6 +105,7 @@ def grouped_gemm_kernel(
     BY_TOKEN: x is [T, inner], read by each row's token; else [rows, inner].
     TO_PAIR: out is [T * K, N], written by pair and multiplied by the pair's routing weight.
     AHEAD, SHORT: as in `gate_up_kernel`.
+    FP8: as there; w_scale is [E, ceil(N / 128), ceil(inner / 128)].
     """
     if AHEAD or not LORA:
         pdl_wait(PDL)
@@ -111,21 +119,23 @@ def grouped_gemm_kernel(
         end_row = tl.load(block_end + block, cache_modifier=".cg")
         if SHORT and end_row - block * BM <= BM // 2:
             _tile(
-                x, w, bias, weights, out, sorted_pairs, expert, block, block * BM, end_row, n0,
+                x, w, w_scale, bias, weights, out,
+                sorted_pairs, expert, block, block * BM, end_row, n0,
                 pool, s, group_count, groups, row_groups, list_length, part_rows,
                 s_stride, split_stride,
                 inner, columns, top_k, x_stride, out_stride, x_tiles, w_tiles,
                 BY_TOKEN, TO_PAIR, LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES,
-                BIAS, EVEN, TMA, BM, BM // 2, BN, BK, PDL,
+                BIAS, EVEN, FP8, TMA, BM, BM // 2, BN, BK, PDL,
             )  # fmt: skip
         else:
             _tile(
-                x, w, bias, weights, out, sorted_pairs, expert, block, block * BM, end_row, n0,
+                x, w, w_scale, bias, weights, out,
+                sorted_pairs, expert, block, block * BM, end_row, n0,
                 pool, s, group_count, groups, row_groups, list_length, part_rows,
                 s_stride, split_stride,
                 inner, columns, top_k, x_stride, out_stride, x_tiles, w_tiles,
                 BY_TOKEN, TO_PAIR, LORA, ALIGNED, SPLITS, EK, AHEAD, EXPAND_STAGES,
-                BIAS, EVEN, TMA, BM, BM, BN, BK, PDL,
+                BIAS, EVEN, FP8, TMA, BM, BM, BN, BK, PDL,
             )  # fmt: skip
     if LORA and not AHEAD:
         pdl_wait(PDL)  # also programs that found no tile

@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..aligned import AlignedBatch
+from ..block_fp8 import FP8, FP8_BLOCK
 from ..checks import check, check_contiguous, check_token_slot, check_topk_ids
 from ..lora_batch import LoraBatch
 from ..lora_tables import ExpertLoraTables
@@ -68,10 +69,14 @@ class HookedBackend(MoeBackend):
     tiles: MoeTiles | None = None
 
     def align(
-        self, topk_ids: torch.Tensor, lora_batch: LoraBatch | None, weights: MoeWeights
+        self,
+        topk_ids: torch.Tensor,
+        lora_batch: LoraBatch | None,
+        weights: MoeWeights,
+        dtype: torch.dtype | None = None,
     ) -> GpuBatch:
         check_topk_ids(topk_ids, weights.num_experts)
-        for name in ("w13", "w2", "w13_bias", "w2_bias"):
+        for name in ("w13", "w2", "w13_bias", "w2_bias", "w13_scale", "w2_scale"):
             check_contiguous(name, getattr(weights, name))
         topk_ids = topk_ids.contiguous()
         num_tokens, top_k = topk_ids.shape
@@ -80,7 +85,12 @@ class HookedBackend(MoeBackend):
         tiles = self.tiles
         if tiles is None:
             shape = MoeShape(
-                weights.hidden, weights.intermediate, weights.num_experts, top_k, weights.w13.dtype
+                weights.hidden,
+                weights.intermediate,
+                weights.num_experts,
+                top_k,
+                dtype or weights.w13.dtype,
+                weights.fp8,
             )
             device = device_name(topk_ids.device)
             adapters = 0 if lora_batch is None else lora_batch.num_adapters
@@ -93,7 +103,9 @@ class HookedBackend(MoeBackend):
         x = rows_of_x(x, rows)
         h = x.new_empty(rows.max_blocks * rows.block_size, weights.w13.shape[1])
         tile = batch.tiles.gate_up
-        grouped_gemm(x, weights.w13, weights.w13_bias, h, rows, tile, by_token=True)
+        grouped_gemm(
+            x, weights.w13, weights.w13_scale, weights.w13_bias, h, rows, tile, by_token=True
+        )
         return h
 
     def lora_gate_up_(
@@ -122,7 +134,8 @@ class HookedBackend(MoeBackend):
 
     def down(self, a: torch.Tensor, weights: MoeWeights, batch: GpuBatch) -> torch.Tensor:
         y = a.new_empty(a.shape[0], weights.hidden)
-        grouped_gemm(a, weights.w2, weights.w2_bias, y, batch.rows, batch.tiles.down)
+        tile = batch.tiles.down
+        grouped_gemm(a, weights.w2, weights.w2_scale, weights.w2_bias, y, batch.rows, tile)
         return y
 
     def lora_down_(
@@ -160,6 +173,7 @@ def check_tables(tables: ExpertLoraTables, rows: AlignedBatch, device: torch.dev
 def grouped_gemm(
     x: torch.Tensor,
     w: torch.Tensor,
+    scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     out: torch.Tensor,
     rows: AlignedBatch,
@@ -171,7 +185,8 @@ def grouped_gemm(
 ) -> None:
     """out = x W^T by expert; with `shrunk`, the down projection's LoRA is added in.
 
-    With topk_weights [T, K], out is [T * K, N], written by pair and weighted.
+    With topk_weights [T, K], out is [T * K, N], written by pair and weighted. FP8 weights come with
+    their scale.
     """
     _, columns, inner = w.shape
     tiles_n = cdiv(columns, tile.block_n)
@@ -179,39 +194,50 @@ def grouped_gemm(
     if grid[0] == 0:
         return
     grouped_gemm_kernel[grid](
-        x, w, x if bias is None else bias, x if topk_weights is None else topk_weights, out,
+        x, w, x if scale is None else scale, x if bias is None else bias,
+        x if topk_weights is None else topk_weights, out,
         *batch_args(rows), *expand_args(shrunk, rows.num_blocks),
         inner, columns, rows.top_k, x.stride(0), out.stride(0),
-        0 if by_token else row_tiles(x, tile, rows.block_size), weight_tiles(w, tile),
+        0 if by_token or not uses_tma(w, tile) else row_tiles(x, tile, rows.block_size),
+        weight_tiles(w, tile),
         BY_TOKEN=by_token, TO_PAIR=topk_weights is not None, **expand_flags(shrunk, tile),
-        BIAS=bias is not None, **gemm_flags(tile, rows, inner, columns),
+        BIAS=bias is not None, **gemm_flags(tile, rows, w, columns),
     )  # fmt: skip
 
 
-def uses_tma(tile: GemmTile, inner: int) -> bool:
-    """Steps have to be whole: rows of x are read without a bound on the inner dimension."""
-    return tile.tma and inner % tile.block_k == 0
+def uses_tma(w: torch.Tensor, tile: GemmTile) -> bool:
+    """Steps have to be whole: rows of x are read without a bound on the inner dimension. FP8 takes
+    its way to the tensor cores through registers."""
+    return tile.tma and w.shape[2] % tile.block_k == 0 and w.dtype != FP8
 
 
 def weight_tiles(w: torch.Tensor, tile: GemmTile) -> TensorDescriptor | int:
     """w [E, N, inner] for the copy engine, all experts' rows under each other."""
-    if not uses_tma(tile, w.shape[2]):
+    if not uses_tma(w, tile):
         return 0
     return TensorDescriptor.from_tensor(w.flatten(0, 1), [tile.block_n, tile.block_k])
 
 
-def row_tiles(x: torch.Tensor, tile: GemmTile, block_m: int) -> TensorDescriptor | int:
+def row_tiles(x: torch.Tensor, tile: GemmTile, block_m: int) -> TensorDescriptor:
     """x [rows, inner] for the copy engine, by blocks."""
-    if not uses_tma(tile, x.shape[1]):
-        return 0
     return TensorDescriptor.from_tensor(x, [block_m, tile.block_k])
 
 
-def gemm_flags(tile: GemmTile, rows: AlignedBatch, inner: int, columns: int) -> dict:
-    """A grouped GEMM's compile-time sizes and launch options."""
+def gemm_flags(tile: GemmTile, rows: AlignedBatch, w: torch.Tensor, columns: int) -> dict:
+    """A grouped GEMM's compile-time sizes and launch options; w [E, N, inner].
+
+    Raises:
+        ValueError: w is FP8 and a step of the tile would reach over several of its blocks.
+    """
+    inner = w.shape[2]
+    if w.dtype == FP8 and FP8_BLOCK % tile.block_k:
+        raise ValueError(
+            f"tiles of FP8 weights must have a block_k that divides {FP8_BLOCK}, got {tile.block_k}"
+        )
     return {
+        "FP8": w.dtype == FP8,
         "EVEN": inner % tile.block_k == 0 and columns % tile.block_n == 0,
-        "TMA": uses_tma(tile, inner),
+        "TMA": uses_tma(w, tile),
         "BM": rows.block_size,
         "BN": tile.block_n,
         "BK": tile.block_k,

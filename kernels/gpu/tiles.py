@@ -66,12 +66,14 @@ class MoeShape:
     intermediate: int
     num_experts: int
     top_k: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the activations
+    fp8: bool = False  # the weights are; else in that dtype
 
     @property
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"H{self.hidden}_I{self.intermediate}_E{self.num_experts}_K{self.top_k}_{dtype}"
+        sizes = f"H{self.hidden}_I{self.intermediate}_E{self.num_experts}_K{self.top_k}"
+        return f"{sizes}_{dtype}{'_fp8' if self.fp8 else ''}"
 
 
 def heuristic(shape: MoeShape, num_tokens: int) -> MoeTiles:
@@ -86,6 +88,8 @@ def heuristic(shape: MoeShape, num_tokens: int) -> MoeTiles:
     few = num_tokens <= 16
     shrink_gate_up = ShrinkTile(4, 16, 128, 4 if few else 1)
     shrink_down = ShrinkTile(4, 16, 128, 2 if few else 1)
+    if shape.fp8:
+        return _fp8_heuristic(rows, few, shrink_gate_up, shrink_down)
     if rows <= 24:
         wide = GemmTile(32 if few else 64, 128, 4, 3)
         return MoeTiles(16, wide, GemmTile(64, 128, 4, 3), shrink_gate_up, shrink_down)
@@ -98,6 +102,24 @@ def heuristic(shape: MoeShape, num_tokens: int) -> MoeTiles:
         return MoeTiles(64, GemmTile(64, 64, 4, 4), GemmTile(128, 64, 4, 4), shrink, shrink)
     shrink = ShrinkTile(2, 64, 64, 1)
     return MoeTiles(128, GemmTile(128, 64, 8, 3), GemmTile(256, 64, 8, 3), shrink, shrink)
+
+
+def _fp8_heuristic(
+    rows: float, few: bool, shrink_gate_up: ShrinkTile, shrink_down: ShrinkTile
+) -> MoeTiles:
+    """Steps of whole blocks of the weights. Each step's product is held beside the sum that it is
+    scaled into: wider tiles of tall blocks would spill their registers (ptxas, for Hopper)."""
+    if rows <= 24:
+        wide = GemmTile(32 if few else 64, 128, 4, 4)
+        return MoeTiles(16, wide, GemmTile(64, 128, 4, 4), shrink_gate_up, shrink_down)
+    if rows <= 48:
+        block_m, warps, shrinks = 32, 4, (shrink_gate_up, shrink_down)
+    elif rows <= 160:
+        block_m, warps, shrinks = 64, 4, (ShrinkTile(2, 32, 64, 1),) * 2
+    else:
+        block_m, warps, shrinks = 128, 8, (ShrinkTile(2, 64, 64, 1),) * 2
+    gate_up, down = GemmTile(64, 128, warps, 3), GemmTile(128, 128, warps, 3)
+    return MoeTiles(block_m, gate_up, down, *shrinks)
 
 
 @lru_cache(maxsize=4096)

@@ -44,7 +44,23 @@ EXPANDS = (
 )  # fmt: skip
 
 
-def _gemm_tiles(block_m: int) -> list[GemmTile]:
+def _gemm_tiles(block_m: int, fp8: bool) -> list[GemmTile]:
+    if fp8:  # steps within a block of the weights, no copy engine
+        if block_m <= 32:
+            return [
+                GemmTile(n, 128, warps, stages)
+                for n, warps, stages in (
+                    (16, 4, 4), (16, 4, 6), (32, 2, 4), (32, 4, 3), (32, 4, 4), (32, 4, 6),
+                    (64, 4, 3), (64, 4, 4), (64, 8, 4), (128, 4, 3), (128, 8, 4),
+                )
+            ]  # fmt: skip
+        return [
+            GemmTile(n, k, warps, stages, persistent)
+            for n, k, warps, stages, persistent in (
+                (64, 64, 4, 4, 0), (64, 128, 4, 3, 0), (64, 128, 8, 3, 0), (64, 128, 8, 4, 0),
+                (128, 64, 8, 3, 0), (128, 64, 8, 4, 0), (128, 128, 8, 3, 0), (128, 128, 8, 3, 1),
+            )
+        ]  # fmt: skip
     if block_m <= 32:
         return [
             GemmTile(n, k, warps, stages)
@@ -94,9 +110,9 @@ def _expands(tile: GemmTile, block_m: int) -> list[GemmTile]:
     ]
 
 
-def _steps(block_m: int, adapters: int) -> list[tuple[str, Callable[[MoeTiles], list]]]:
+def _steps(block_m: int, adapters: int, fp8: bool) -> list[tuple[str, Callable[[MoeTiles], list]]]:
     """What is varied in turn, and its candidates given the best tiles so far."""
-    gemms, shrinks = _gemm_tiles(block_m), _shrink_tiles(block_m)
+    gemms, shrinks = _gemm_tiles(block_m, fp8), _shrink_tiles(block_m)
     steps: list[tuple[str, Callable[[MoeTiles], list]]] = [
         ("gate_up", lambda _: gemms),
         ("down", lambda _: gemms),
@@ -204,14 +220,14 @@ def tune(
     calls = problem.calls(num_tokens, adapters)
     overall: tuple[MoeTiles, float] | None = None
     for block_m in _block_sizes(problem.shape, num_tokens, adapters):
-        gemms, shrinks = _gemm_tiles(block_m), _shrink_tiles(block_m)
+        gemms, shrinks = _gemm_tiles(block_m, problem.shape.fp8), _shrink_tiles(block_m)
         best = MoeTiles(block_m, gemms[3], gemms[3], shrinks[2], shrinks[2])
         # Both products' tiles at once: the first step then finds the second one's compiled.
         both = zip(gemms, [*gemms[1:], gemms[0]], strict=True)
         first = [replace(best, gate_up=one, down=other) for one, other in both]
         compiler(num_tokens, adapters > 0, [best, *first])
         best_us = _try(best, calls)
-        for name, candidates in _steps(block_m, adapters):
+        for name, candidates in _steps(block_m, adapters, problem.shape.fp8):
             options = [replace(best, **{name: candidate}) for candidate in candidates(best)]
             compiler(num_tokens, adapters > 0, options)
             for tiles in options:
@@ -233,13 +249,14 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--adapters", nargs="+", type=int, default=[0, *TUNED_ADAPTERS])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    parser.add_argument("--fp8", action="store_true", help="weights in FP8")
     parser.add_argument("--out", type=Path, default=tile_tables.FOLDER)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--verbose", action="store_true")
     args = parser.parse_args()
     names = list(SHAPES) if "all" in args.shapes else args.shapes
     for name in names:
-        shape = MoeShape(*SHAPES[name], getattr(torch, args.dtype))
+        shape = MoeShape(*SHAPES[name], getattr(torch, args.dtype), args.fp8)
         begin = time.perf_counter()
         compiler = Compiler(shape, args.processes)
         problem = Problem(shape, max(args.adapters))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..block_fp8 import FP8, fp8_blocks
 from ..lora_batch import LoraBatch
 from ..lora_tables import ExpertLoraTables
 from ..moe_weights import MoeWeights
@@ -28,7 +29,9 @@ class Problem:
         device = torch.device("cuda")
         w13 = torch.empty(s.num_experts, 2 * s.intermediate, s.hidden, dtype=s.dtype, device=device)
         w2 = torch.empty(s.num_experts, s.hidden, s.intermediate, dtype=s.dtype, device=device)
-        self.weights = MoeWeights(w13.normal_(std=0.02), w2.normal_(std=0.02))
+        w13.normal_(std=0.02)
+        w2.normal_(std=0.02)
+        self.weights = _in_fp8(w13, w2) if s.fp8 else MoeWeights(w13, w2)
         self.tables = random_tables(s, self.slots, RANK)
 
     def calls(self, num_tokens: int, adapters: int) -> list[tuple]:
@@ -44,6 +47,13 @@ class Problem:
                 lora = (self.tables, LoraBatch.from_token_slot(slot.int(), True, adapters))
             calls.append((x, self.weights, topk_weights, ids.int(), *lora))
         return calls
+
+
+def _in_fp8(w13: torch.Tensor, w2: torch.Tensor) -> MoeWeights:
+    scale13, scale2 = (
+        torch.ones(w.shape[0], *map(fp8_blocks, w.shape[1:]), device=w.device) for w in (w13, w2)
+    )
+    return MoeWeights(w13.to(FP8), w2.to(FP8), w13_scale=scale13, w2_scale=scale2)
 
 
 def random_tables(shape: MoeShape, slots: int, rank: int) -> ExpertLoraTables:

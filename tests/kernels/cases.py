@@ -53,13 +53,16 @@ class Layer:
     w13_bias: torch.Tensor | None = None
     w2_bias: torch.Tensor | None = None
     clamped: ClampedSwiglu | None = None
+    w13_scale: torch.Tensor | None = None
+    w2_scale: torch.Tensor | None = None
 
     def args(self) -> Args:
         return (self.x, self.w13, self.w2, self.topk_weights, self.topk_ids)
 
     def options(self) -> dict[str, Any]:
-        """What differs from a layer without biases and with plain SwiGLU."""
-        return {"w13_bias": self.w13_bias, "w2_bias": self.w2_bias, "clamped": self.clamped}
+        """What differs from a layer without biases, with plain SwiGLU and plain weights."""
+        names = ("w13_bias", "w2_bias", "clamped", "w13_scale", "w2_scale")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def weights(self) -> MoeWeights:
@@ -74,7 +77,9 @@ class Layer:
         return moe_reference(*self.args(), **self.options())
 
     def in_dtype(self, dtype: torch.dtype) -> Layer:
-        """Activations and base weights in another dtype. Factors stay as they are."""
+        """Activations and base weights in another dtype. Factors, and FP8, stay as they are."""
+        if self.w13_scale is not None:
+            return replace(self, x=self.x.to(dtype))
         return replace(self, x=self.x.to(dtype), w13=self.w13.to(dtype), w2=self.w2.to(dtype))
 
 

@@ -170,8 +170,16 @@ def test_v2_as_published(tmp_path):
     assert (model.num_experts, model.shared_expert_size, model.dense_size) == (160, 3072, 12288)
 
 
-def test_v3_as_published_but_in_bfloat16(tmp_path):
-    model = read(tmp_path, V3)
+def test_v3_as_published(tmp_path):
+    assert read(tmp_path, V3).quantisation is None
+    fp8 = {
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    }  # fmt: skip
+    model = read(tmp_path, V3 | {"quantization_config": fp8})
+    assert model.quantisation == "fp8"
+    for size, ep in ((8, 1), (16, 1), (16, 16)):
+        assert Shard(model, 0, size, ep).intermediate % 128 == 0
     assert model.latent is not None
     assert model.routing_groups == RoutingGroups("sigmoid", 8, 4, 2.5)
     assert model.norm_topk_prob

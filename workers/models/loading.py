@@ -13,6 +13,7 @@ from ..layers import Attention, DenseBlock, Mlp, MoeBlock, QkNorm
 from ..routing import Routing, SoftmaxRouting
 from ..shard import Shard
 from ..weights import TensorSource
+from .fp8 import has_fp8_experts, load_fp8_experts
 
 # One expert's projections (gate, up, down) in a checkpoint with a tensor for each.
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -118,6 +119,8 @@ class Loader:
     def _experts(self, prefix: str, projections: tuple[str, str, str]) -> MoeWeights:
         """This rank's, from one tensor per expert and projection, or from fused tensors."""
         ck, m, mine = self.checkpoint, self.config, self.shard.experts
+        if m.quantisation == "fp8" and has_fp8_experts(ck, prefix, projections[0], mine[0]):
+            return load_fp8_experts(ck, m, self.shard, prefix, projections)
         hidden, inter = m.hidden_size, m.moe_intermediate_size
         lo, hi = self.shard.intermediate_rows()
         part, fused = slice(lo, hi), prefix + "gate_up_proj" in ck

@@ -14,7 +14,7 @@ from ..config import ModelConfig
 from ..rope import RotaryEmbedding, inverse_frequencies
 from ..shard import Shard
 from ..weights import TensorSource
-from . import deepseek, gpt_oss, mixtral, mxfp4, olmoe, qwen2_moe, qwen3_moe
+from . import deepseek, fp8, gpt_oss, mixtral, mxfp4, olmoe, qwen2_moe, qwen3_moe
 from .decoder import Decoder, DecoderLayer
 from .loading import Loader
 
@@ -47,6 +47,7 @@ def load_model(
 
     Raises:
         ModelFilesInvalid: the checkpoint lacks a tensor, or one doesn't fit config.json.
+        ModelUnsupported: the device can't run the checkpoint's quantisation.
     """
     table = (config.vocab_size, config.hidden_size)
     embed = checkpoint.get("model.embed_tokens.weight", table)
@@ -56,11 +57,17 @@ def load_model(
         head = checkpoint.get("lm_head.weight", table)
     if config.quantisation == "mxfp4" and gpt_oss.quantised(checkpoint):
         mxfp4.say_what_it_takes(config, shard, checkpoint.dtype)
-    loader = Loader(config, shard, checkpoint, comm, runner)
+    source, quantised = checkpoint, None
+    if config.quantisation == "fp8":
+        fp8.check_device(device)
+        source = quantised = fp8.Fp8Source(checkpoint)
+    loader = Loader(config, shard, source, comm, runner)
     frequencies, scaling = inverse_frequencies(config.rope_dim, config.rope_theta, config.yarn)
     load_layer = LAYERS[config.model_type]
     with ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="weights") as threads:
         layers = list(threads.map(lambda n: load_layer(loader, n), range(config.num_layers)))
+    if quantised is not None:
+        quantised.say_what_it_takes(shard)
     return Decoder(
         embed=embed,
         layers=layers,

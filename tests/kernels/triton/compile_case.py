@@ -19,14 +19,23 @@ with (
     mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
 ):
     from loraplex.kernels import (
+        FP8,
         DenseLoraTables,
         ExpertLoraTables,
         LoraBatch,
         MoeRunner,
         MoeWeights,
+        fp8_blocks,
         gpu,
     )
-    from loraplex.kernels.gpu import FusedBackend, GemmTile, HookedBackend, MoeTiles, ShrinkTile
+    from loraplex.kernels.gpu import (
+        FusedBackend,
+        GemmTile,
+        HookedBackend,
+        MoeTiles,
+        ShrinkTile,
+        least_kept,
+    )
     from loraplex.kernels.gpu.lora import lora_linear_
 
 from triton.backends.compiler import GPUTarget
@@ -80,11 +89,26 @@ def tables(dtype: torch.dtype, shared_outer: bool) -> ExpertLoraTables:
     )
 
 
-def layers(dtype: torch.dtype, tokens: int, tiles: MoeTiles, shared_outer: bool = False) -> None:
-    weights = MoeWeights(
-        torch.zeros(EXPERTS, 2 * INTERMEDIATE, HIDDEN, dtype=dtype),
-        torch.zeros(EXPERTS, HIDDEN, INTERMEDIATE, dtype=dtype),
-    )
+def fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, and a scale for each block."""
+    experts, rows, columns = weight.shape
+    return weight.to(FP8), torch.ones(experts, fp8_blocks(rows), fp8_blocks(columns))
+
+
+def layers(
+    dtype: torch.dtype,
+    tokens: int,
+    tiles: MoeTiles | None,
+    shared_outer: bool = False,
+    quantised: bool = False,
+) -> None:
+    """`tiles`: None = those that the layer gets."""
+    w13 = torch.zeros(EXPERTS, 2 * INTERMEDIATE, HIDDEN, dtype=dtype)
+    w2 = torch.zeros(EXPERTS, HIDDEN, INTERMEDIATE, dtype=dtype)
+    weights = MoeWeights(w13, w2)
+    if quantised:
+        (w13, w13_scale), (w2, w2_scale) = fp8(w13), fp8(w2)
+        weights = MoeWeights(w13, w2, w13_scale=w13_scale, w2_scale=w2_scale)
     x = torch.zeros(tokens, HIDDEN, dtype=dtype)
     ids = torch.zeros(tokens, TOP_K, dtype=torch.int32)
     args = (x, weights, torch.ones(tokens, TOP_K), ids)
@@ -131,10 +155,21 @@ def main() -> None:
     layers(torch.float16, 8, decode)
     layers(bf16, 4096, prefill)
     layers(bf16, 4096, persistent)
+    # The heuristic's FP8 tiles, of every height; and those that reach over several blocks.
+    for tokens in (8, 64, 150, 512, 4096):
+        layers(bf16, tokens, None, quantised=True)
+    layers(torch.float16, 8, None, quantised=True)
+    layers(torch.float32, 8, None, quantised=True)
+    layers(bf16, 4096, prefill, quantised=True)
     for tokens in (8, 512, 4096):
         dense(bf16, tokens)
     for padding in (None, torch.zeros(4, 1, dtype=torch.bool)):
         gpu.softmax_topk(torch.zeros(4, 128, dtype=bf16), 8, True, padding)
+    least_kept(
+        torch.zeros(2, 151936),
+        torch.ones(2, dtype=torch.int64),
+        torch.ones(2, dtype=torch.float64),
+    )
     print(f"{len(compiled)} kernels compiled")
 
 

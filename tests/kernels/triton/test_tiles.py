@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from loraplex.kernels import FP8_BLOCK
 from loraplex.kernels.gpu import GemmTile, MoeShape, MoeTiles, ShrinkTile
 
 module = importlib.import_module("loraplex.kernels.gpu.tiles")
@@ -112,18 +113,28 @@ def test_elsewhere_a_heuristic_answers(folder):
     top_k=st.integers(1, 16),
     tokens=st.integers(0, 65536),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    fp8=st.booleans(),
 )
 def test_the_heuristic_gives_tiles_that_the_kernels_take(tokens, **shape):
-    assert_fit(module.heuristic(MoeShape(**shape), tokens))
+    tiles = module.heuristic(MoeShape(**shape), tokens)
+    assert_fit(tiles)
+    if shape["fp8"]:  # steps within a block
+        assert FP8_BLOCK % tiles.gate_up.block_k == FP8_BLOCK % tiles.down.block_k == 0
+
+
+def test_fp8_weights_have_tables_of_their_own():
+    assert replace(SHAPE, fp8=True).name == f"{SHAPE.name}_fp8"
 
 
 def test_every_shipped_table_is_found_and_fit():
     assert TABLES, f"no tables in {module.FOLDER}"
     for path in TABLES:
-        match = re.fullmatch(r"H(\d+)_I(\d+)_E(\d+)_K(\d+)_(\w+)", path.stem)
+        match = re.fullmatch(r"H(\d+)_I(\d+)_E(\d+)_K(\d+)_(\w+?)(_fp8)?", path.stem)
         assert match, path.name
         hidden, intermediate, experts, top_k = map(int, match.groups()[:4])
-        shape = MoeShape(hidden, intermediate, experts, top_k, getattr(torch, match[5]))
+        shape = MoeShape(
+            hidden, intermediate, experts, top_k, getattr(torch, match[5]), bool(match[6])
+        )
         table = module._table(path.parent.name.replace("_", " "), shape)
         assert any(adapters == 0 for adapters, _ in table), f"{path.name}: none without adapters"
         assert any(adapters > 0 for adapters, _ in table), f"{path.name}: none with adapters"
