@@ -37,6 +37,8 @@ with (
         least_kept,
     )
     from loraplex.kernels.gpu.lora import lora_linear_
+    from loraplex.workers.attention import PagedBatch
+    from loraplex.workers.step import SequenceStep
 
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -135,6 +137,40 @@ def dense(dtype: torch.dtype, tokens: int) -> None:
                  lora, batch)  # fmt: skip
 
 
+def attention(dtype: torch.dtype, heads: int, kv_heads: int, d: int, latent: int = 0) -> None:
+    """A mixed step, its keys shared out and not; `latent`: columns of the values in the keys."""
+    blocks = 1024
+    k_cache = torch.zeros(blocks, 16, kv_heads, d, dtype=dtype)
+    v_cache = k_cache[..., :latent] if latent else torch.zeros_like(k_cache)
+    decoding = SequenceStep([0], 199, list(range(13)), -1)
+    mixed = [decoding, SequenceStep([0] * 40, 0, [20, 21, 22], -1)]
+    long = [SequenceStep([0], 16 * blocks - 1, list(range(blocks)), -1)]
+    for sequences in (mixed, long):
+        batch = PagedBatch.plan(sequences, 16, torch.device("cpu"))
+        tokens = sum(len(s.token_ids) for s in sequences)
+        q = torch.zeros(tokens, heads, d, dtype=dtype)
+        k = torch.zeros(tokens, kv_heads, d, dtype=dtype)
+        slots = batch.sequences.write_slots
+        gpu.write_kv(k, None if latent else k, k_cache, v_cache, slots)
+        for window, sinks in ((None, None), (128, torch.zeros(heads, dtype=dtype))):
+            gpu.paged_attention(
+                q, k_cache, v_cache, batch.sequences,
+                scale=0.1, window=window, sinks=sinks, latent=latent > 0,
+            )  # fmt: skip
+
+
+def between_projections(dtype: torch.dtype) -> None:
+    heads, kv_heads, d, tokens = 32, 4, 128, 3
+    qkv = torch.zeros(tokens, (heads + 2 * kv_heads) * d, dtype=dtype)
+    k_cache, v_cache = torch.zeros(2, 4, 16, kv_heads, d, dtype=dtype)
+    slots, angles = torch.zeros(tokens, dtype=torch.int32), torch.zeros(tokens, d)
+    for norm in (None, torch.ones(d, dtype=dtype)):
+        gpu.qkv_prepare(qkv, k_cache, v_cache, slots, angles, angles, norm, norm, 1e-6)
+    x = torch.zeros(tokens, 2048, dtype=dtype)
+    for y in (None, x):
+        gpu.add_rms_norm_(x, y, torch.ones(2048, dtype=dtype), 1e-6)
+
+
 def main() -> None:
     decode = MoeTiles(
         16, GemmTile(64, 128, 4, 3), GemmTile(64, 128, 4, 3),
@@ -163,6 +199,10 @@ def main() -> None:
     layers(bf16, 4096, prefill, quantised=True)
     for tokens in (8, 512, 4096):
         dense(bf16, tokens)
+    attention(bf16, 32, 4, 128)
+    attention(bf16, 64, 8, 64)
+    attention(bf16, 16, 1, 576, latent=512)
+    between_projections(bf16)
     for padding in (None, torch.zeros(4, 1, dtype=torch.bool)):
         gpu.softmax_topk(torch.zeros(4, 128, dtype=bf16), 8, True, padding)
     least_kept(
