@@ -9,7 +9,7 @@ up when an adapter is loaded, with rows of A and columns of B that are zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from ..kernels import (
 from .config import ModelConfig
 from .dense_groups import DenseGroup, dense_groups
 from .errors import AdapterTooLarge, PoolFull, WorkerError
-from .pool_account import PoolAccount
+from .pool_account import Layouts, PoolAccount, Run
 from .pool_blocks import EXPERTS, Block, PoolBlocks
 from .shard import Shard
 
@@ -129,6 +129,15 @@ class AdapterPool:
                 f"adapter {pack.digest[:12]} takes {layouts.nbytes} bytes, "
                 f"{self._account.free_bytes} are free"
             )
+        try:
+            self._fill(slot, pack, layouts, runs)
+        except BaseException:
+            self.unload(slot)  # or the slot could never be loaded again
+            raise
+        return layouts.nbytes
+
+    def _fill(self, slot: int, pack: Pack, layouts: Layouts, runs: Mapping[int, list[Run]]) -> None:
+        """Copies the factors to the slot's pages and sets its tables."""
         mine = self._shard.ep_rank
         starts = [first * self._account.page for first, _ in runs[mine]]
         places = iter(layouts.of_rank[mine].places)
@@ -140,7 +149,6 @@ class AdapterPool:
                 self._offsets(block)[slot, block.entry] = base
             self._copy(pack, block, base + block.shift)
         self._set_ranks(pack, slot)
-        return layouts.nbytes
 
     def unload(self, slot: int) -> None:
         """Frees `slot`: its table entries say 'absent' before its pages can be taken again."""
