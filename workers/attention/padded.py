@@ -28,6 +28,12 @@ class _Bucket:
     shape: tuple[int, int, int]  # B, Q, N
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window
 
+    def unwritten(self, keys: int) -> torch.Tensor:
+        """bool [B, 1, S, 1], True where a key isn't the sequence's own."""
+        last = self.query_positions[:, -1]  # padding repeats the last one
+        key = torch.arange(keys, device=last.device)
+        return (key > last[:, None])[:, None, :, None]
+
     def mask(self, window: int | None, group_heads: int, keys: int) -> torch.Tensor:
         """bool [B, 1, G * Q, S], True where a query may look."""
         if window not in self.masks:
@@ -109,6 +115,11 @@ class PaddedBatch:
                 .permute(0, 2, 3, 1, 4)
                 .reshape(b, kv_heads, g * n, d)
             )
+            # Of an earlier holder of the block, maybe not finite: a weight of zero won't hide that.
+            unwritten = bucket.unwritten(keys.shape[2])
+            keys.masked_fill_(unwritten, 0)
+            if not latent:
+                values.masked_fill_(unwritten, 0)
             mask = bucket.mask(window, g, keys.shape[2])
             if sinks is not None:
                 keys, values, mask = _with_sinks(keys, values, mask, sinks, n)
