@@ -217,4 +217,8 @@ class EngineConfig:
     def context_length(self) -> int:
         """Most tokens (prompt and output) of one sequence."""
         longest = self.model.max_position_embeddings
-        return min(self.max_model_len or longest, longest, self.kv_tokens or longest)
+        # A part of a block holds nothing.
+        kv_tokens = (
+            self.kv_tokens // self.block_size * self.block_size if self.kv_tokens else longest
+        )
+        return min(self.max_model_len or longest, longest, kv_tokens)
