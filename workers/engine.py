@@ -82,6 +82,10 @@ class Engine:
             return
         limit = len(request.prompt_ids) + request.sampling.max_tokens
         seq = Sequence(request, self._arrivals, min(limit, self.config.context_length))
+        if request.output_ids and len(seq.tokens) >= seq.limit:
+            # A continuation that is whole, or longer than this group's cache can hold.
+            self._early.append(TokenOutput(request.request_id, finish_reason="length"))
+            return
         if request.sampling.host_state:
             try:
                 seq.host = HostState(request, self._grammars)
@@ -178,7 +182,8 @@ class Engine:
             return "duplicate_request", f"request id {request.request_id!r} is in use"
         if n == 0:
             return "empty_prompt", "the prompt has no tokens"
-        bad = [t for t in request.prompt_ids if not 0 <= t < config.model.vocab_size]
+        tokens = (*request.prompt_ids, *request.output_ids)
+        bad = [t for t in tokens if not 0 <= t < config.model.vocab_size]
         if bad:
             limit = config.model.vocab_size - 1
             return "invalid_token", f"token id {bad[0]} is outside 0..{limit}"
@@ -270,7 +275,7 @@ class Engine:
         out = TokenOutput(seq.request.request_id, [token])
         if not seq.started:
             seq.started = True
-            out.tier, out.cached_tokens = seq.tier, seq.cached_tokens
+            out.tier, out.cached_tokens = seq.tier, seq.cached_tokens or 0
             out.prompt_logprobs = seq.prompt_logprobs
             seq.prompt_logprobs = None
         self._count_tokens(seq, output=1)

@@ -46,8 +46,12 @@ class PackFetcher:
         self._futures: dict[str, Future[tuple[Path, str]]] = {}
 
     def start(self, ref: AdapterRef) -> None:
-        """Starts a fetch unless one runs already."""
-        if ref.key not in self._futures:
+        """Starts a fetch for a new request, unless one runs already or has brought the pack.
+
+        One that failed before, for a request that has gone meanwhile, says nothing of this one.
+        """
+        future = self._futures.get(ref.key)
+        if future is None or (future.done() and future.exception() is not None):
             self._futures[ref.key] = self._pool.submit(
                 self._source.ensure, ref.tenant_id, ref.digest
             )
@@ -58,7 +62,8 @@ class PackFetcher:
         Raises:
             Whatever `ensure` raised. Either way the fetch is forgotten.
         """
-        self.start(ref)
+        if ref.key not in self._futures:
+            self.start(ref)
         future = self._futures[ref.key]
         if not future.done():
             return None

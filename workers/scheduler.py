@@ -152,6 +152,10 @@ class Scheduler:
                 # No KV space: nobody younger gets it either.
                 self._free(seq)
                 return
+            if seq.cached_tokens is None:
+                # Once: later, after a preemption, it may find what it has computed itself.
+                seq.cached_tokens = min(seq.computed, len(seq.request.prompt_ids))
+                self.prefix_hit_tokens += seq.cached_tokens
             self.waiting.remove(seq)
             self.running.append(seq)
             work.append(Scheduled(seq, seq.computed, count))
@@ -172,9 +176,6 @@ class Scheduler:
         limit = (len(seq.tokens) - 1) // self._kv.block_size
         seq.blocks = self._kv.match(seq.hashes[:limit])
         seq.computed = len(seq.blocks) * self._kv.block_size
-        if not seq.started:
-            seq.cached_tokens = min(seq.computed, len(seq.request.prompt_ids))
-            self.prefix_hit_tokens += seq.cached_tokens
 
     def _take_blocks(self, seq: Sequence, count: int, spare: int) -> bool:
         """Blocks for `count` more tokens, if `spare` more stay free."""

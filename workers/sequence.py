@@ -33,7 +33,7 @@ class Sequence:
     slot: int | None = None  # None: not admitted; -1: base model
     tier: str | None = None
     started: bool = False  # an output was sent
-    cached_tokens: int = 0
+    cached_tokens: int | None = None  # of the prompt, found when it was admitted first
     overtaken: int = 0  # requests admitted before this one while it waited for pool room
     prompt_logprobs: list[TokenLogprob | None] | None = None
     host: HostState | None = None  # of requests whose sampling says `host_state`
