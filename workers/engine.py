@@ -155,6 +155,8 @@ class Engine:
         self._residency.purge(key)
         self._packs.remove(key)
         self._kv.forget(key)
+        for seq in self._sequences.values():
+            seq.purged |= seq.adapter_key == key
 
     def report(self) -> EngineReport:
         r, s, res = self._report, self._scheduler, self._residency

@@ -114,6 +114,8 @@ class Scheduler:
             if seq.flights == 0:
                 self._free(seq)
             return
+        if seq.purged:
+            return
         first, full = w.start // size, (w.start + w.count) // size
         if first < full:
             seq.extend_hashes(size)

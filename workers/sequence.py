@@ -28,6 +28,7 @@ class Sequence:
     unread: int = 0
     flights: int = 0  # launched steps that name it and whose results weren't read
     removed: bool = False  # ended or aborted; what it holds is freed after its last flight
+    purged: bool = False  # its adapter was deleted: nobody may find its blocks again
     blocks: list[int] = field(default_factory=list)
     hashes: list[BlockHash] = field(default_factory=list)  # of the full blocks, as far as known
     slot: int | None = None  # None: not admitted; -1: base model

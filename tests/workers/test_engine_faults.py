@@ -122,3 +122,15 @@ def test_a_failed_fetch_that_nobody_asked_after_is_not_told_to_the_next_request(
 def test_the_context_of_a_config_is_whole_blocks(demo):
     config: EngineConfig = demo.config(kv_tokens=100, block_size=16)
     assert config.context_length == 96
+
+
+def test_a_purged_adapters_running_request_leaves_no_prefix(demo, make_engine, greedy):
+    engine = make_engine()
+    ref = demo.refs["devil"]
+    engine.submit(greedy("a", range(10, 40), ref, max_tokens=60))
+    while not engine.report().running:
+        engine.step()
+    engine.purge(ref.key)
+    while engine.has_work():
+        engine.step()
+    assert ref.key not in engine._kv._owner_of
