@@ -168,7 +168,7 @@ def _source(grammar: Grammar) -> str:
         if grammar.kind == "choice":
             _check_choices(json.loads(grammar.text))
         return grammar_from(grammar.kind, grammar.text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise GrammarInvalid(_first_lines(str(e))) from None
 
 

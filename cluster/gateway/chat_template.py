@@ -101,6 +101,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,  # clients name the variables: "self" is one like any other
         *,
         add_generation_prompt: bool = True,
         **variables: Any,

@@ -802,3 +802,9 @@ async def test_the_api_describes_itself(bench):
     async with bench.client() as client:
         paths = (await client.get("/openapi.json")).json()["paths"]
     assert {"/v1/chat/completions", "/v1/adapters", "/admin/v1/tenants"} <= set(paths)
+
+
+async def test_a_template_variable_may_have_any_name(bench):
+    tenant = bench.tenant("acme")
+    answer = await chat(bench, tenant.key, chat_template_kwargs={"self": 1})
+    assert answer.status_code == 200, answer.text

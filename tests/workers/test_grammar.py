@@ -244,3 +244,8 @@ def test_a_grammar_that_becomes_too_complex_ends_its_own_request(make_engine, ru
     assert results["bad"].last.error_code == "grammar_failed"
     assert "items" in (results["bad"].last.error or "")
     assert results["good"].last.finish_reason == "length"
+
+
+def test_choices_nested_beyond_the_parser_are_refused():
+    with pytest.raises(GrammarInvalid):
+        check_grammar(Grammar("choice", "[" * 100_000 + "]" * 100_000))
