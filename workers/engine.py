@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 from .comm import Comm
@@ -27,6 +28,9 @@ from .residency import Residency
 from .scheduler import Refusal, Scheduler
 from .sequence import Sequence
 from .step import Step
+
+_COMPILE_S = 10.0  # that a request's grammar may take, waiting for others' included
+_REST_S = 0.002  # of a step that has nothing to do until a grammar is compiled
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._flight: _Flight | None = None  # launched, not read
         self._early: list[TokenOutput] = []  # refusals made outside a step
+        # Requests whose grammar is compiled first, and until when that may take.
+        self._compiling: dict[str, tuple[GenerationRequest, Future[object], float]] = {}
         self._arrivals = 0
         self._report = EngineReport(
             weights_bytes=self._runner.weights_bytes,
@@ -80,6 +86,15 @@ class Engine:
             code, message = wrong
             self._early.append(_failed(request.request_id, code, message))
             return
+        grammar = request.sampling.grammar
+        compiling = None if grammar is None else self._grammars.compiling(grammar)
+        if compiling is None:
+            self._queue(request)
+        else:
+            deadline = time.monotonic() + _COMPILE_S
+            self._compiling[request.request_id] = request, compiling, deadline
+
+    def _queue(self, request: GenerationRequest) -> None:
         limit = len(request.prompt_ids) + request.sampling.max_tokens
         seq = Sequence(request, self._arrivals, min(limit, self.config.context_length))
         if request.output_ids and len(seq.tokens) >= seq.limit:
@@ -101,13 +116,20 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Drops a request and frees what it holds. One that has ended already is no error."""
+        waiting = self._compiling.pop(request_id, None)
+        if waiting is not None:
+            waiting[1].cancel()
         seq = self._sequences.pop(request_id, None)
         if seq is not None:
             self._scheduler.remove(seq)
 
     def has_work(self) -> bool:
         return bool(
-            self._sequences or self._flight or self._early or self._residency.prefetch_ready
+            self._sequences
+            or self._compiling
+            or self._flight
+            or self._early
+            or self._residency.prefetch_ready
         )
 
     def step(self) -> list[TokenOutput]:
@@ -115,6 +137,7 @@ class Engine:
 
         Without overlap that is the same step. Empty when everything still loads.
         """
+        self._queue_compiled()
         outputs, self._early = self._early, []
         idle = self._flight is None
         outputs += self._advance()
@@ -122,6 +145,21 @@ class Engine:
             # Nothing was read yet: go on at once, or the caller would take this for an idle step.
             outputs += self._advance()
         return outputs
+
+    def _queue_compiled(self) -> None:
+        if self._compiling and not (self._sequences or self._flight):
+            wait([compiling for _, compiling, _ in self._compiling.values()], _REST_S)
+        for request_id, (request, compiling, deadline) in list(self._compiling.items()):
+            late = time.monotonic() > deadline
+            if not (compiling.done() or late):
+                continue
+            del self._compiling[request_id]
+            if compiling.done():
+                self._queue(request)
+            else:
+                compiling.cancel()
+                text = f"the grammar takes more than {_COMPILE_S:.0f} s to compile; make it simpler"
+                self._early.append(_failed(request_id, "invalid_grammar", text))
 
     def _advance(self) -> list[TokenOutput]:
         """Launches a step if there is one, and collects the one before it."""
@@ -176,11 +214,12 @@ class Engine:
         if self.config.tp_size > 1:
             self._comm.broadcast_message(Step(stop=True).to_wire())
         self._fetcher.close()
+        self._grammars.close()
         self._comm.close()
 
     def _wrong_with(self, request: GenerationRequest) -> tuple[str, str] | None:
         config, n = self.config, len(request.prompt_ids)
-        if request.request_id in self._sequences:
+        if request.request_id in self._sequences or request.request_id in self._compiling:
             return "duplicate_request", f"request id {request.request_id!r} is in use"
         if n == 0:
             return "empty_prompt", "the prompt has no tokens"

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from llguidance import (
@@ -25,6 +27,7 @@ from .errors import GrammarInvalid
 from .request import Grammar
 
 MAX_CHOICES = 1024
+_THREADS = 2  # that compile at once
 _CACHED = 64  # compiled grammars, whose lexers' states add up to megabytes
 _MAX_ERROR_CHARS = 400
 # A space, or a line's end and its indentation. Without a bound a model may write blanks for ever.
@@ -45,7 +48,7 @@ def check_grammar(grammar: Grammar) -> None:
 
 
 class Grammars:
-    """Compiles grammars for one model's tokenizer. One thread makes all calls.
+    """Compiles grammars for one model's tokenizer, and remembers them and those it can't compile.
 
     Args:
         folder: the model's, with a tokenizer.json.
@@ -54,7 +57,9 @@ class Grammars:
     """
 
     def __init__(self, folder: str | Path, vocab: int, eos_ids: Iterable[int]):
-        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[Grammar, LLMatcher | str] = OrderedDict()
+        self._lock = Lock()  # of what is compiled
+        self._threads = ThreadPoolExecutor(_THREADS, "grammar")
         self._missing = ""  # why there is no tokenizer
         path = Path(folder) / "tokenizer.json"
         try:
@@ -72,23 +77,57 @@ class Grammars:
         Raises:
             GrammarInvalid: it can't be compiled, or the tokens don't follow it.
         """
-        matcher = self._compiled.get(grammar)
-        if matcher is None:
-            if self._tokenizer is None:
-                raise GrammarInvalid(self._missing)
-            matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=_limits())
-            if matcher.is_error():
-                raise GrammarInvalid(_first_lines(matcher.get_error()))
-            self._compiled[grammar] = matcher
-            if len(self._compiled) > _CACHED:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(grammar)
-        state = GrammarState(matcher.deep_copy())
+        found = self._known(grammar)
+        if found is None:
+            found = self._compile(grammar)
+        if isinstance(found, str):
+            raise GrammarInvalid(found)
+        state = GrammarState(found.deep_copy())
         for token in output_ids:
             state.advance(token)
         if state.error is not None:
             raise GrammarInvalid(f"the tokens so far don't follow the grammar: {state.error}")
         return state
+
+    def compiling(self, grammar: Grammar) -> Future[object] | None:
+        """Compiles a grammar beside the engine, which others wait for; None: `start` needn't.
+
+        Some texts take seconds, and no bound on their size tells which. llguidance leaves Python's
+        other threads alone meanwhile.
+        """
+        if self._known(grammar) is not None:
+            return None
+        return self._threads.submit(self._compile, grammar)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _known(self, grammar: Grammar) -> LLMatcher | str | None:
+        """A compiled grammar, or why it can't be."""
+        with self._lock:
+            found = self._compiled.get(grammar)
+            if found is not None:
+                self._compiled.move_to_end(grammar)
+            return found
+
+    def _compile(self, grammar: Grammar) -> LLMatcher | str:
+        known = self._known(grammar)
+        if known is not None:  # by another request that waited in front of this one
+            return known
+        found: LLMatcher | str = self._missing
+        if self._tokenizer is not None:
+            try:
+                source = _source(grammar)
+                found = LLMatcher(self._tokenizer, source, log_level=0, limits=_limits())
+                if found.is_error():
+                    found = _first_lines(found.get_error())
+            except GrammarInvalid as e:
+                found = str(e)
+        with self._lock:
+            self._compiled[grammar] = found
+            if len(self._compiled) > _CACHED:
+                self._compiled.popitem(last=False)
+        return found
 
 
 class GrammarState:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import threading
 from typing import Any
 
 import jsonschema
@@ -249,3 +250,47 @@ def test_a_grammar_that_becomes_too_complex_ends_its_own_request(make_engine, ru
 def test_choices_nested_beyond_the_parser_are_refused():
     with pytest.raises(GrammarInvalid):
         check_grammar(Grammar("choice", "[" * 100_000 + "]" * 100_000))
+
+
+def test_a_grammar_that_takes_long_holds_nobody_up(demo, monkeypatch):
+    """Others generate meanwhile; it is refused when its time is over."""
+    begun, go_on = threading.Event(), threading.Event()
+    compile_now = Grammars._compile
+
+    def slowly(self, grammar):
+        begun.set()
+        go_on.wait(60)
+        return compile_now(self, grammar)
+
+    monkeypatch.setattr(Grammars, "_compile", slowly)
+    engine = demo.engine()
+    try:
+        follows = SamplingParams(max_tokens=4, grammar=Grammar("regex", "(ab)+c"))
+        plain = SamplingParams(max_tokens=4, ignore_eos=True)
+        for name in ("in time", "late", "aborted"):
+            engine.submit(GenerationRequest(name, (5, 6, 7), follows, TENANT))
+        engine.submit(GenerationRequest("plain", (5, 6, 7), plain, TENANT))
+        engine.abort("aborted")
+        begun.wait(60)
+        ended = {}
+
+        def run_until(done):
+            while not done():
+                for out in engine.step():
+                    if out.finish_reason is not None:
+                        ended[out.request_id] = out
+
+        run_until(lambda: ended)
+        assert list(ended) == ["plain"]
+        request, compiling, _ = engine._compiling["late"]
+        engine._compiling["late"] = request, compiling, 0.0
+        run_until(lambda: len(ended) == 2)
+        assert ended["late"].error_code == "invalid_grammar"
+        assert "takes more than 10 s to compile" in ended["late"].error
+        go_on.set()
+        run_until(lambda: not engine.has_work())
+        assert set(ended) == {"plain", "late", "in time"}
+        assert ended["in time"].error is None
+    finally:
+        go_on.set()
+        engine.close()
