@@ -89,12 +89,12 @@ class Engine:
         grammar = request.sampling.grammar
         compiling = None if grammar is None else self._grammars.compiling(grammar)
         if compiling is None:
-            self._queue(request)
+            self._accept(request)
         else:
             deadline = time.monotonic() + _COMPILE_S
             self._compiling[request.request_id] = request, compiling, deadline
 
-    def _queue(self, request: GenerationRequest) -> None:
+    def _accept(self, request: GenerationRequest) -> None:
         limit = len(request.prompt_ids) + request.sampling.max_tokens
         seq = Sequence(request, self._arrivals, min(limit, self.config.context_length))
         if request.output_ids and len(seq.tokens) >= seq.limit:
@@ -137,7 +137,7 @@ class Engine:
 
         Without overlap that is the same step. Empty when everything still loads.
         """
-        self._queue_compiled()
+        self._accept_compiled()
         outputs, self._early = self._early, []
         idle = self._flight is None
         outputs += self._advance()
@@ -146,7 +146,7 @@ class Engine:
             outputs += self._advance()
         return outputs
 
-    def _queue_compiled(self) -> None:
+    def _accept_compiled(self) -> None:
         if self._compiling and not (self._sequences or self._flight):
             wait([compiling for _, compiling, _ in self._compiling.values()], _REST_S)
         for request_id, (request, compiling, deadline) in list(self._compiling.items()):
@@ -155,7 +155,7 @@ class Engine:
                 continue
             del self._compiling[request_id]
             if compiling.done():
-                self._queue(request)
+                self._accept(request)
             else:
                 compiling.cancel()
                 text = f"the grammar takes more than {_COMPILE_S:.0f} s to compile; make it simpler"
