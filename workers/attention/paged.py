@@ -13,6 +13,7 @@ import torch
 
 from ...kernels import TILE_TOKENS, PagedSequences, paged_attention, qkv_prepare, write_kv
 from ..errors import WorkerError
+from ..host_copies import to_device
 from ..step import SequenceStep
 
 _ALIGNMENT = 32  # int32 elements, 128 bytes: kernels are compiled for starts at multiples of 16
@@ -50,10 +51,9 @@ class PagedBatch:
             "blocks": blocks,
             "write_slots": slots,
             "decode": decode,
-            "prefill": _prefill_tiles(new, lengths),
+            "prefill": _prefill_tiles(new, lengths).reshape(-1, 2),
         }
-        there = dict(zip(arrays, _on_device(list(arrays.values()), device), strict=True))
-        there["prefill"] = there["prefill"].view(-1, 2)
+        there = to_device(arrays, device)
         return cls(PagedSequences(**there, max_context=_pow2(longest)))
 
     def write(
@@ -217,14 +217,3 @@ def _offsets(sizes: tuple[int, ...]) -> list[int]:
     for size in sizes:
         offsets.append(offsets[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
     return offsets
-
-
-def _on_device(arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """int32 arrays as parts of one tensor."""
-    offsets = _offsets(tuple(len(a) for a in arrays))
-    host = torch.zeros(offsets[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
-    flat = host.numpy()
-    for array, offset in zip(arrays, offsets, strict=False):
-        flat[offset : offset + len(array)] = array
-    there = host.to(device, non_blocking=True)
-    return [there[o : o + len(a)] for a, o in zip(arrays, offsets, strict=False)]
