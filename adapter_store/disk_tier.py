@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from .blobs import Blobs
+from .disk_errors import disk_errors
 from .errors import AdapterCorrupt, LocalDiskError, PackCorrupt, PackVersionError
 from .object_store import ObjectStore
 from .pack import Pack
@@ -79,7 +80,7 @@ class DiskTier:
         self._lock = threading.Lock()
         self._flights: dict[str, Future[Location]] = {}
         self._verified: dict[str, Identity] = {}
-        with self._disk_errors():
+        with disk_errors(f"use the disk cache {self._folder}"):
             (self._folder / _LOCKS).mkdir(parents=True, exist_ok=True)
             self._remove_abandoned()
 
@@ -107,7 +108,7 @@ class DiskTier:
                 flight = self._flights[key] = Future()
         if mine:
             try:
-                with self._disk_errors():
+                with disk_errors(f"use the disk cache {self._folder}"):
                     flight.set_result(self._ensure(tenant_id, digest))
             except BaseException as error:
                 flight.set_exception(error)
@@ -241,18 +242,6 @@ class DiskTier:
         finally:
             path.unlink(missing_ok=True)
             os.close(fd)
-
-    @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            advice = "free space there" if full else "check its permissions"
-            raise LocalDiskError(
-                f"cannot use the disk cache {self._folder}: {error.strerror or error}; {advice}, "
-                "or choose another folder"
-            ) from error
 
 
 def _key(tenant_id: str, digest: str) -> str:

@@ -10,7 +10,6 @@ name, and what a broken-off download has left is of the same files.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -23,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from .disk_errors import disk_errors
 from .errors import BaseModelError, LocalDiskError, PreconditionFailed, StoreUnavailable
 from .object_store import ObjectInfo, ObjectStore
 
@@ -114,7 +114,7 @@ def _ensure(
     home: Path, version: str, remote: ObjectStore, files: list[ObjectInfo], progress: Progress
 ) -> Path:
     folder, partial = home / version, home / f"{version}{_PARTIAL}"
-    with _disk_errors(home):
+    with disk_errors(f"keep the model in {home}"):
         home.mkdir(parents=True, exist_ok=True)
         with _lock(home / ".lock"):
             if not folder.is_dir():
@@ -215,16 +215,3 @@ def _lock(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-@contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "free space there" if full else "check its permissions"
-        raise LocalDiskError(
-            f"cannot keep the model in {folder}: {error.strerror or error}; {advice}, or choose "
-            "another folder"
-        ) from error
