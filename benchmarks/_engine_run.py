@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from loraplex.workers import AdapterRef, Engine, EngineConfig, GenerationRequest, SamplingParams
-from loraplex.workers.residency import _Resident
+from loraplex.workers.pool.residency import _Resident
 
 TENANT = "bench"
 _STD = 0.02  # of the factors

@@ -30,8 +30,8 @@ from pathlib import Path
 
 from loraplex.adapter_store import DenseEntry, ExpertEntry, PackLayer
 from loraplex.workers import EngineConfig, ModelConfig
-from loraplex.workers.pool_account import Layouts, PoolAccount
-from loraplex.workers.pool_blocks import PoolBlocks
+from loraplex.workers.pool.pool_account import Layouts, PoolAccount
+from loraplex.workers.pool.pool_blocks import PoolBlocks
 from loraplex.workers.shard import Shard
 
 GIB = 1 << 30

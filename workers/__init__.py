@@ -25,12 +25,11 @@ if TYPE_CHECKING:
         WireError,
         WorkerError,
     )
-    from .front import FrontConfig, GroupFront
-    from .grammar import check_grammar
+    from .front.group_front import FrontConfig, GroupFront
     from .group import GroupRanks, RankPlacement
     from .handshake import ClientHandshake
     from .model_runner import run_follower
-    from .packs import PackSource
+    from .pool.packs import PackSource
     from .report import EngineReport, GroupReport
     from .request import (
         AdapterRef,
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
         TokenLogprob,
         TokenOutput,
     )
+    from .sampling.grammar import check_grammar
     from .wire import DEAD_AFTER_S, HANDSHAKE_TIMEOUT_S, PING_EVERY_S, Frame
 
 _HOME = {
@@ -55,12 +55,12 @@ _HOME = {
     "FinishReason": "request",
     "Frame": "wire",
     "FrameProtocol": "channels",
-    "FrontConfig": "front",
+    "FrontConfig": "front.group_front",
     "GenerationRequest": "request",
     "Grammar": "request",
     "GrammarInvalid": "errors",
     "GroupFailed": "errors",
-    "GroupFront": "front",
+    "GroupFront": "front.group_front",
     "GroupRanks": "group",
     "GroupReport": "report",
     "HANDSHAKE_TIMEOUT_S": "wire",
@@ -69,7 +69,7 @@ _HOME = {
     "ModelFilesInvalid": "errors",
     "ModelUnsupported": "errors",
     "PING_EVERY_S": "wire",
-    "PackSource": "packs",
+    "PackSource": "pool.packs",
     "PoolFull": "errors",
     "RankPlacement": "group",
     "RankProgram": "engine_process",
@@ -79,7 +79,7 @@ _HOME = {
     "WireAuthError": "errors",
     "WireError": "errors",
     "WorkerError": "errors",
-    "check_grammar": "grammar",
+    "check_grammar": "sampling.grammar",
     "run_follower": "model_runner",
     "run_rank": "engine_process",
 }

@@ -20,7 +20,7 @@ from .families import (
     unserved_fp8_format,
     unserved_options,
 )
-from .rope_parameters import Yarn
+from .layers.rope_parameters import Yarn
 
 
 @dataclass(frozen=True)

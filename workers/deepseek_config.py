@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .rope_parameters import Yarn, yarn_mscale
+from .layers.rope_parameters import Yarn, yarn_mscale
 
 
 @dataclass(frozen=True)

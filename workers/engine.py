@@ -16,15 +16,15 @@ from .comm import Comm
 from .config import EngineConfig
 from .errors import AdapterTooLarge, GrammarInvalid
 from .flight import StepResult, launch
-from .grammar import Grammars
 from .host_state import HostState
 from .kv_blocks import KVBlocks
 from .model_runner import ModelRunner
-from .packs import PackFetcher, PackSource
 from .planning import Plan, plan_step
+from .pool.packs import PackFetcher, PackSource
+from .pool.residency import Residency
 from .report import EngineReport
 from .request import AdapterRef, FinishReason, GenerationRequest, TokenOutput
-from .residency import Residency
+from .sampling.grammar import Grammars
 from .scheduler import Refusal, Scheduler
 from .sequence import Sequence
 from .step import Step

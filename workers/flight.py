@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from .host_copies import HostCopy, to_device
-from .logprobs import logprob_tensors, to_logprobs
 from .model_runner import ModelRunner
 from .planning import Plan
 from .request import TokenLogprob
-from .sampler import Sample, SamplingBatch, sample
+from .sampling.logprobs import logprob_tensors, to_logprobs
+from .sampling.sampler import Sample, SamplingBatch, sample
 
 
 @dataclass

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .grammar import Grammars, GrammarState
-from .penalties import TokenCounts
 from .request import GenerationRequest
+from .sampling.grammar import Grammars, GrammarState
+from .sampling.penalties import TokenCounts
 
 
 class HostState:

@@ -11,7 +11,6 @@ import torch
 
 from ..adapter_store import Pack
 from ..kernels import MAX_RANK, TUNED_ADAPTERS, LoraBatch, MoeRunner, backend_for
-from .adapter_pool import AdapterPool
 from .attention import PagedKVCache, plan_attention
 from .comm import Comm
 from .compile_watch import CompileWatch
@@ -22,9 +21,10 @@ from .errors import WorkerError
 from .host_copies import to_device
 from .memory import Sizes, log_sizes, measure, share_out
 from .models import load_model
+from .pool.adapter_pool import AdapterPool
 from .request import SamplingParams
-from .sampler import sample
-from .sampling_batch import Draw, SamplingBatch
+from .sampling.sampler import sample
+from .sampling.sampling_batch import Draw, SamplingBatch
 from .shard import Shard
 from .step import SequenceStep, Step
 from .step_inputs import StepInputs

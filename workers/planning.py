@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .sampling_batch import Draw
+from .sampling.sampling_batch import Draw
 from .scheduler import Scheduled
 from .sequence import Sequence
 from .step import SequenceStep, SlotChange, Step

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from .kv_blocks import KVBlocks
-from .residency import Residency, Waiting
+from .pool.residency import Residency, Waiting
 from .sequence import Sequence
 
 

@@ -72,8 +72,8 @@ def test_replays_give_what_eager_steps_give(runner, demo):
 
 def test_a_decode_step_never_waits_for_the_device(runner):
     from loraplex.workers.request import SamplingParams
-    from loraplex.workers.sampler import sample
-    from loraplex.workers.sampling_batch import Draw, SamplingBatch
+    from loraplex.workers.sampling.sampler import sample
+    from loraplex.workers.sampling.sampling_batch import Draw, SamplingBatch
 
     step = decodes(runner, [-1, -1, 0])
     draws = [Draw(SamplingParams(temperature=t, logprobs=1), 9) for t in (0.0, 1.0, 0.7)]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from loraplex.kernels import least_kept
 from loraplex.workers import SamplingParams
-from loraplex.workers.penalties import TokenCounts
-from loraplex.workers.sampler import Draw, SamplingBatch, sample
+from loraplex.workers.sampling.penalties import TokenCounts
+from loraplex.workers.sampling.sampler import Draw, SamplingBatch, sample
 
 from ..kernels.cuts import check, random_rows
 from .layers import NEEDS_GPU

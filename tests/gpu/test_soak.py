@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 from loraplex.workers import Engine, GenerationRequest, SamplingParams
-from loraplex.workers.adapter_pool import AdapterPool
+from loraplex.workers.pool.adapter_pool import AdapterPool
 
 from ..workers.conftest import TENANT, drain
 from ..workers.conftest import demo as demo

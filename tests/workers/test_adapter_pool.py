@@ -28,9 +28,9 @@ from loraplex.kernels import (
 from loraplex.kernels.gpu import FusedBackend
 from loraplex.kernels.gpu.lora import lora_linear_ as gpu_lora_linear_
 from loraplex.workers import AdapterTooLarge, PoolFull
-from loraplex.workers.adapter_pool import AdapterPool
 from loraplex.workers.errors import WorkerError
-from loraplex.workers.pool_pages import BlockLayout, Pages
+from loraplex.workers.pool.adapter_pool import AdapterPool
+from loraplex.workers.pool.pool_pages import BlockLayout, Pages
 from loraplex.workers.shard import Shard
 
 from tests.adapters import random_canonical, tiny_base_model

@@ -14,8 +14,8 @@ from loraplex.adapter_store.peft_keys import parse_key
 from loraplex.workers import EngineConfig, ModelUnsupported
 from loraplex.workers.config import ModelConfig
 from loraplex.workers.deepseek_config import RoutingGroups
-from loraplex.workers.dense_groups import dense_groups
-from loraplex.workers.routing import GroupRouting
+from loraplex.workers.layers.routing import GroupRouting
+from loraplex.workers.pool.dense_groups import dense_groups
 from loraplex.workers.shard import Shard
 from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter

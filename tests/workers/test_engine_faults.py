@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from loraplex.adapter_store import Pack
 from loraplex.workers import AdapterRef, EngineConfig
-from loraplex.workers.packs import PackFetcher
+from loraplex.workers.pool.packs import PackFetcher
 
 
 def test_an_adapter_whose_load_fails_leaves_its_slot_and_pages(

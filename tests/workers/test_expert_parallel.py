@@ -13,11 +13,11 @@ import torch.multiprocessing as mp
 from loraplex.adapter_store import Pack, write_pack
 from loraplex.kernels import MoeRunner, backend_for
 from loraplex.workers import Engine, PoolFull, run_follower
-from loraplex.workers.adapter_pool import AdapterPool
 from loraplex.workers.comm import Comm
 from loraplex.workers.config import ModelConfig
 from loraplex.workers.errors import ModelUnsupported
 from loraplex.workers.models import load_model
+from loraplex.workers.pool.adapter_pool import AdapterPool
 from loraplex.workers.shard import Shard
 from loraplex.workers.weights import Checkpoint
 

@@ -368,7 +368,7 @@ async def test_slow_steps_idle_time_and_a_front_that_was_held_up_are_no_hang():
 
 
 async def test_a_stopped_rank_ends_when_the_front_closes(monkeypatch):
-    monkeypatch.setattr("loraplex.workers.front._STOP_S", 0.3)
+    monkeypatch.setattr("loraplex.workers.front.group_front._STOP_S", 0.3)
     async with group() as (front, [rank]):
         rank.send_signal(signal.SIGSTOP)
         await front.close()
@@ -452,8 +452,8 @@ async def test_advice_reaches_the_engine_and_residency_the_gateways():
 
 
 async def test_a_silent_gateway_is_dropped(monkeypatch):
-    monkeypatch.setattr("loraplex.workers.front.PING_EVERY_S", 0.05)
-    monkeypatch.setattr("loraplex.workers.front.DEAD_AFTER_S", 0.5)
+    monkeypatch.setattr("loraplex.workers.front.group_front.PING_EVERY_S", 0.05)
+    monkeypatch.setattr("loraplex.workers.front.group_front.DEAD_AFTER_S", 0.5)
     async with group(step_s=0.01) as (front, _):
         silent, speaks = await Client.connect(front.port), await Client.connect(front.port)
         for client in (silent, speaks):
@@ -466,7 +466,7 @@ async def test_a_silent_gateway_is_dropped(monkeypatch):
 
 
 async def test_a_connection_that_never_authenticates_is_closed(monkeypatch):
-    monkeypatch.setattr("loraplex.workers.front_links.HANDSHAKE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("loraplex.workers.front.front_links.HANDSHAKE_TIMEOUT_S", 0.2)
     async with group(wait=False) as (front, _):
         reader, _ = await asyncio.open_connection("127.0.0.1", front.port)
         rest = await asyncio.wait_for(reader.read(), 5)

@@ -19,8 +19,8 @@ from loraplex.workers import (
     SamplingParams,
     check_grammar,
 )
-from loraplex.workers.grammar import MAX_CHOICES, Grammars, fill_masks
-from loraplex.workers.sampler import Draw, SamplingBatch, sample
+from loraplex.workers.sampling.grammar import MAX_CHOICES, Grammars, fill_masks
+from loraplex.workers.sampling.sampler import Draw, SamplingBatch, sample
 from tokenizers import Tokenizer
 
 from .conftest import DEMO, TENANT

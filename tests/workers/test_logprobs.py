@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from loraplex.workers import SamplingParams
-from loraplex.workers.logprobs import token_logprobs
-from loraplex.workers.sampler import Draw, SamplingBatch, sample
+from loraplex.workers.sampling.logprobs import token_logprobs
+from loraplex.workers.sampling.sampler import Draw, SamplingBatch, sample
 
 
 def expect(entry, row: torch.Tensor, token: int, top: int) -> None:

@@ -18,9 +18,9 @@ from loraplex.adapter_store.peft_keys import parse_key
 from loraplex.workers import Engine, EngineConfig, ModelUnsupported, run_follower
 from loraplex.workers.config import ModelConfig
 from loraplex.workers.families import FAMILIES
-from loraplex.workers.layers import WholeNorm, rms_norm
+from loraplex.workers.layers.blocks import WholeNorm, rms_norm
+from loraplex.workers.layers.rope_parameters import Yarn
 from loraplex.workers.models.registry import LAYERS
-from loraplex.workers.rope_parameters import Yarn
 from safetensors import safe_open
 
 from .tiny_models import CONFIGS, VOCAB, TinyModel, make_tiny_model

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from loraplex.adapter_store import DiskTier, ObjectStore, Pack
 from loraplex.workers import AdapterRef
-from loraplex.workers.packs import PackFetcher
-from loraplex.workers.residency import Residency, Waiting
+from loraplex.workers.pool.packs import PackFetcher
+from loraplex.workers.pool.residency import Residency, Waiting
 
 from tests.adapter_store.uploads import Service, upload
 
@@ -65,7 +65,7 @@ def rank_0(store: ObjectStore, tmp_path: Path) -> Rank0:
 def test_a_pack_that_a_step_names_is_not_evicted_before_other_ranks_have_opened_it(
     rank_0: Rank0, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraplex.workers.residency.HANDOVER_S", 1.0)
+    monkeypatch.setattr("loraplex.workers.pool.residency.HANDOVER_S", 1.0)
     path = rank_0.acquire(rank_0.a)
     with ThreadPoolExecutor(1) as threads:
         other = threads.submit(rank_0.tier.ensure, rank_0.b.tenant_id, rank_0.b.digest)

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 from loraplex.workers import GenerationRequest, SamplingParams
-from loraplex.workers.penalties import TokenCounts
+from loraplex.workers.sampling.penalties import TokenCounts
 
 from .conftest import TENANT
 

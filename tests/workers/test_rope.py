@@ -9,8 +9,8 @@ import pytest
 import torch
 from loraplex.workers.config import ModelConfig
 from loraplex.workers.families import FAMILIES, rope_parameters, rope_type
-from loraplex.workers.rope import RotaryEmbedding, inverse_frequencies
-from loraplex.workers.rope_parameters import Yarn, yarn_mscale
+from loraplex.workers.layers.rope import RotaryEmbedding, inverse_frequencies
+from loraplex.workers.layers.rope_parameters import Yarn, yarn_mscale
 from transformers import GptOssConfig, Qwen3MoeConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from loraplex.workers import SamplingParams
-from loraplex.workers.penalties import TokenCounts
-from loraplex.workers.sampler import Draw, Sample, SamplingBatch, sample
-from loraplex.workers.sampling_batch import uniforms
+from loraplex.workers.sampling.penalties import TokenCounts
+from loraplex.workers.sampling.sampler import Draw, Sample, SamplingBatch, sample
+from loraplex.workers.sampling.sampling_batch import uniforms
 
 
 def take(logits: torch.Tensor, draws: list[Draw]) -> Sample:
@@ -197,7 +197,7 @@ def test_equal_logits_at_the_border_of_top_k_all_stay():
 def test_the_largest_number_still_draws_a_token_of_the_filter(monkeypatch):
     largest = np.array([1 - 2**-53])
     monkeypatch.setattr(
-        "loraplex.workers.sampling_batch.uniforms", lambda seeds, positions: largest
+        "loraplex.workers.sampling.sampling_batch.uniforms", lambda seeds, positions: largest
     )
     row = torch.arange(40.0)[None]
     assert take(row, [Draw(SamplingParams(top_k=3), 0)]).tokens == [39]

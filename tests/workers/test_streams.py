@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex.workers.streams import Client, StreamTable
+from loraplex.workers.front.streams import Client, StreamTable
 
 actions = st.lists(
     st.tuples(

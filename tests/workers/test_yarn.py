@@ -10,7 +10,7 @@ import pytest
 import torch
 from loraplex.workers import ModelUnsupported
 from loraplex.workers.config import ModelConfig
-from loraplex.workers.rope import RotaryEmbedding, inverse_frequencies
+from loraplex.workers.layers.rope import RotaryEmbedding, inverse_frequencies
 from transformers import DeepseekV3Config, Qwen3MoeConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from ...kernels import LoraBatch, add_rms_norm_
-from ..adapter_pool import AdapterPool
 from ..attention import AttentionBatch, PagedKVCache
-from ..layers import StepContext
-from ..rope import RotaryEmbedding
+from ..layers.blocks import StepContext
+from ..layers.rope import RotaryEmbedding
+from ..pool.adapter_pool import AdapterPool
 
 
 class Branch(Protocol):

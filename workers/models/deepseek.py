@@ -7,9 +7,9 @@ import torch
 from ..config import ModelConfig
 from ..deepseek_config import LatentSizes, RoutingGroups
 from ..errors import WorkerError
-from ..latent_attention import LatentAttention
-from ..layers import MoeBlock
-from ..routing import GroupRouting
+from ..layers.blocks import MoeBlock
+from ..layers.latent_attention import LatentAttention
+from ..layers.routing import GroupRouting
 from .decoder import DecoderLayer
 from .loading import Loader
 

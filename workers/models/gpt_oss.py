@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...kernels import ClampedSwiglu, MoeWeights
-from ..layers import MoeBlock
-from ..routing import SoftmaxRouting
+from ..layers.blocks import MoeBlock
+from ..layers.routing import SoftmaxRouting
 from ..weights import TensorSource
 from .decoder import DecoderLayer
 from .loading import Loader

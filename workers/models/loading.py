@@ -9,8 +9,8 @@ import torch
 from ...kernels import MoeRunner, MoeWeights
 from ..comm import Comm
 from ..config import ModelConfig
-from ..layers import Attention, DenseBlock, Mlp, MoeBlock, QkNorm
-from ..routing import Routing, SoftmaxRouting
+from ..layers.blocks import Attention, DenseBlock, Mlp, MoeBlock, QkNorm
+from ..layers.routing import Routing, SoftmaxRouting
 from ..shard import Shard
 from ..weights import TensorSource
 from .fp8 import has_fp8_experts, load_fp8_experts

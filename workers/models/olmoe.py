@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..layers import WholeNorm
+from ..layers.blocks import WholeNorm
 from .decoder import DecoderLayer
 from .loading import Loader
 

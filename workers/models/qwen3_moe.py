@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..layers import HeadNorm
+from ..layers.blocks import HeadNorm
 from .decoder import DecoderLayer
 from .loading import Loader
 

@@ -11,7 +11,7 @@ import torch
 from ...kernels import MoeRunner
 from ..comm import Comm
 from ..config import ModelConfig
-from ..rope import RotaryEmbedding, inverse_frequencies
+from ..layers.rope import RotaryEmbedding, inverse_frequencies
 from ..shard import Shard
 from ..weights import TensorSource
 from . import deepseek, fp8, gpt_oss, mixtral, mxfp4, olmoe, qwen2_moe, qwen3_moe

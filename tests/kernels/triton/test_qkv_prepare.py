@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from loraplex.kernels.gpu import qkv_prepare
-from loraplex.workers.layers import HeadNorm
-from loraplex.workers.rope import RotaryEmbedding, inverse_frequencies
+from loraplex.workers.layers.blocks import HeadNorm
+from loraplex.workers.layers.rope import RotaryEmbedding, inverse_frequencies
 
 from ..poison import poisoned_memory
 from .layers import TOLERANCE, interpreted, laid_out

@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from ..adapter_store import PackPin
-from .request import AdapterRef
+from ...adapter_store import PackPin
+from ..request import AdapterRef
 
 # How long a pack stays on the disk after the step message that names it went out: the other ranks
 # open it as they come to that message, and don't say when. For one that took longer it might be

@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapter_store import Pack, PackPin
+from ...adapter_store import Pack, PackPin
+from ..errors import PoolFull, WorkerError
+from ..request import AdapterRef
+from ..step import SlotChange
 from .adapter_pool import AdapterPool
-from .errors import PoolFull, WorkerError
 from .packs import HANDOVER_S, PackFetcher, close_later
-from .request import AdapterRef
-from .step import SlotChange
 
 
 @dataclass

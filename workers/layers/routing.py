@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
-from ..kernels import softmax_topk
-from .deepseek_config import RoutingGroups
+from ...kernels import softmax_topk
+from ..deepseek_config import RoutingGroups
 
 
 class Routing(Protocol):

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from .errors import WireError
-from .wire import error_output
+from ..errors import WireError
+from ..wire import error_output
 
 Output = dict[str, Any]  # `TokenOutput.to_wire`
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .shard import Shard
+from ..shard import Shard
 
 
 @dataclass(frozen=True)

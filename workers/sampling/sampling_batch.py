@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..host_copies import to_device
+from ..request import SamplingParams
 from .grammar import GrammarState, fill_masks
-from .host_copies import to_device
 from .penalties import TokenCounts
-from .request import SamplingParams
 
 # In float32 a temperature of 1e-6 would overflow; such rows are greedy to rounding anyway.
 _MIN_TEMPERATURE = 1e-4

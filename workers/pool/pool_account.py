@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..adapter_store import PackLayer
+from ...adapter_store import PackLayer
 from .pool_blocks import PoolBlocks
 from .pool_pages import BlockLayout, Pages
 

@@ -9,12 +9,11 @@ import signal
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from .channels import FrameProtocol
-from .errors import WireError
-from .handshake import ServerHandshake
-from .report import EngineReport
-from .streams import Client, Output
-from .wire import (
+from ..channels import FrameProtocol
+from ..errors import WireError
+from ..handshake import ServerHandshake
+from ..report import EngineReport
+from ..wire import (
     HANDSHAKE_TIMEOUT_S,
     MAX_FRAME_BYTES,
     MAX_HANDSHAKE_BYTES,
@@ -22,6 +21,7 @@ from .wire import (
     encode_batch,
     field,
 )
+from .streams import Client, Output
 
 _MAX_CREDIT = 1 << 31
 # Bytes that may wait in a gateway's socket buffer before its streams are held back.

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from ..kernels import least_kept
-from .host_copies import HostCopy
+from ...kernels import least_kept
+from ..host_copies import HostCopy
+from ..request import TokenLogprob
 from .logprobs import LogprobTensors, logprob_tensors, to_logprobs
-from .request import TokenLogprob
 from .sampling_batch import Draw, SamplingBatch
 
 __all__ = ["Draw", "PendingSample", "Sample", "Sampled", "SamplingBatch", "sample"]

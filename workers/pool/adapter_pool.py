@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
-from ..adapter_store import Pack, PackLayer
-from ..kernels import (
+from ...adapter_store import Pack, PackLayer
+from ...kernels import (
     FUSED_GATE_UP,
     MAX_RANK,
     SHARED_A13,
@@ -23,12 +23,12 @@ from ..kernels import (
     DenseLoraTables,
     ExpertLoraTables,
 )
-from .config import ModelConfig
+from ..config import ModelConfig
+from ..errors import AdapterTooLarge, PoolFull, WorkerError
+from ..shard import Shard
 from .dense_groups import DenseGroup, dense_groups
-from .errors import AdapterTooLarge, PoolFull, WorkerError
 from .pool_account import Layouts, PoolAccount, Run
 from .pool_blocks import EXPERTS, Block, PoolBlocks
-from .shard import Shard
 
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 

@@ -11,9 +11,9 @@ from typing import Literal
 
 import numpy as np
 
-from ..adapter_store import DenseEntry, ExpertEntry, Pack, PackLayer
+from ...adapter_store import DenseEntry, ExpertEntry, Pack, PackLayer
+from ..shard import Shard
 from .dense_groups import DenseGroup, dense_groups
-from .shard import Shard
 
 EXPERTS = "experts"
 _ALIGN_BYTES = 16

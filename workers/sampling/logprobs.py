@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .host_copies import HostCopy
-from .request import TokenLogprob
+from ..host_copies import HostCopy
+from ..request import TokenLogprob
 
 # Rows whose log-softmax is held at once: a prompt's chunk may have thousands, each of a vocabulary.
 _ROWS = 128

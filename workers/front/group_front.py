@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .engine_process import LinkAddress
-from .errors import GroupFailed
+from ..engine_process import LinkAddress
+from ..errors import GroupFailed
+from ..rank_watch import WATCH_EVERY_S, RankWatch
+from ..report import EngineReport
+from ..wire import DEAD_AFTER_S, PING_EVERY_S, Frame, encode, error_output
 from .front_links import GatewayLink, RankLink
-from .rank_watch import WATCH_EVERY_S, RankWatch
-from .report import EngineReport
 from .streams import Client, Output, StreamTable
-from .wire import DEAD_AFTER_S, PING_EVERY_S, Frame, encode, error_output
 
 log = logging.getLogger(__name__)
 

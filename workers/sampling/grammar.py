@@ -23,8 +23,8 @@ from llguidance import (
     grammar_from,
 )
 
-from .errors import GrammarInvalid
-from .request import Grammar
+from ..errors import GrammarInvalid
+from ..request import Grammar
 
 MAX_CHOICES = 1024
 _THREADS = 2  # that compile at once

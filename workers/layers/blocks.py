@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..kernels import LoraBatch, MoeRunner, MoeWeights, lora_linear
-from .adapter_pool import AdapterPool
-from .attention import AttentionBatch, PagedBatch, PagedKVCache
-from .comm import Comm
+from ...kernels import LoraBatch, MoeRunner, MoeWeights, lora_linear
+from ..attention import AttentionBatch, PagedBatch, PagedKVCache
+from ..comm import Comm
+from ..pool.adapter_pool import AdapterPool
+from ..shard import Shard
 from .rope import RotaryEmbedding
 from .routing import Routing
-from .shard import Shard
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels import lora_linear
-from .comm import Comm
-from .layers import StepContext, rms_norm
+from ...kernels import lora_linear
+from ..comm import Comm
+from .blocks import StepContext, rms_norm
 from .rope import RotaryEmbedding
 
 # The published code gives these norms no epsilon of the config's, and its default is this.

@@ -1,0 +1,1 @@
+"""The group's front: admission and streams of requests, no GPU work."""

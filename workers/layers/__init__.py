@@ -1,0 +1,1 @@
+"""What the model families are put together from, beside `loraplex.kernels`."""

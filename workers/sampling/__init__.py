@@ -1,0 +1,1 @@
+"""From logits to tokens: sampling on the device, penalties, logprobs, grammars."""
