@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -106,6 +107,10 @@ class GenerationRequest:
 
     `output_ids` holds tokens that an earlier group generated already (a continuation): they
     count against `max_tokens` and are never sent again.
+
+    `weight` is the tenant's share of the compute, relative to others'. Within the tenant, lower
+    `priority` goes first. A request that isn't begun `timeout_s` seconds after the engine has got
+    it is refused with "deadline_exceeded".
     """
 
     request_id: str
@@ -114,6 +119,9 @@ class GenerationRequest:
     tenant_id: str
     adapter: AdapterRef | None = None  # None: the base model
     output_ids: tuple[int, ...] = ()
+    weight: float = 1.0
+    priority: int = 0
+    timeout_s: float | None = None
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -122,11 +130,18 @@ class GenerationRequest:
             "tenant": self.tenant_id,
             "adapter": self.adapter.digest if self.adapter else None,
             "output": list(self.output_ids),
+            "weight": self.weight,
+            "priority": self.priority,
+            "timeout": self.timeout_s,
             "sampling": self.sampling.to_wire(),
         }
 
     @classmethod
     def from_wire(cls, msg: dict[str, Any]) -> GenerationRequest:
+        """Raises KeyError, TypeError or ValueError for what isn't one."""
+        weight, timeout = float(msg.get("weight", 1.0)), msg.get("timeout")
+        if not 0 < weight < math.inf:
+            raise ValueError(f"weight must be above 0 and finite, got {weight}")
         return cls(
             request_id=msg["id"],
             prompt_ids=tuple(msg["prompt"]),
@@ -134,6 +149,9 @@ class GenerationRequest:
             tenant_id=msg["tenant"],
             adapter=AdapterRef(msg["tenant"], msg["adapter"]) if msg["adapter"] else None,
             output_ids=tuple(msg["output"]),
+            weight=weight,
+            priority=int(msg.get("priority", 0)),
+            timeout_s=None if timeout is None else float(timeout),
         )
 
 
@@ -153,8 +171,8 @@ class TokenOutput:
 
     `tier` is set on the first output: where the adapter was when the request was admitted.
     `error_code` is stable ("adapter_load_failed", "context_length_exceeded", "nonfinite_logits",
-    "adapter_too_large", "invalid_grammar", "grammar_failed", "engine_failed", ...); `error` says it
-    in words.
+    "adapter_too_large", "deadline_exceeded", "invalid_grammar", "grammar_failed", "engine_failed",
+    ...); `error` says it in words.
     """
 
     request_id: str

@@ -170,7 +170,7 @@ class AdapterPool:
                 self.buffer[first * page : (first + pages) * page] = float("nan")
 
     def _check_rank(self, pack: Pack) -> None:
-        rank = max((rank for layer in pack.layers for rank in _ranks(layer)), default=0)
+        rank = largest_rank(pack)
         if rank > self._max_rank:
             raise AdapterTooLarge(
                 f"adapter {pack.digest[:12]} has rank {rank}, at most {self._max_rank} is served; "
@@ -266,6 +266,11 @@ class AdapterPool:
             max_rank=self._blocks.stored(self._max_rank),
             rank_multiple=self._multiple,
         )
+
+
+def largest_rank(pack: Pack) -> int:
+    """Of all that the pack adapts."""
+    return max((rank for layer in pack.layers for rank in _ranks(layer)), default=0)
 
 
 def _ranks(layer: PackLayer) -> Iterator[int]:

@@ -15,7 +15,7 @@ from ...adapter_store import Pack, PackPin
 from ..errors import PoolFull, WorkerError
 from ..request import AdapterRef
 from ..step import SlotChange
-from .adapter_pool import AdapterPool
+from .adapter_pool import AdapterPool, largest_rank
 from .packs import HANDOVER_S, PackFetcher, close_later
 
 
@@ -24,6 +24,7 @@ class _Resident:
     ref: AdapterRef
     slot: int
     nbytes: int
+    rank: int  # the largest of its projections'
     users: int = 0
     last_used: int = 0
     doomed: bool = False  # purged while in use: freed with its last user
@@ -87,6 +88,11 @@ class Residency:
         self._no_room.clear()
         if resident.doomed and resident.users == 0:
             self._drop(resident)
+
+    def size(self, slot: int) -> tuple[int, int]:
+        """Bytes and largest rank of the adapter in `slot`."""
+        resident = self._by_slot[slot]
+        return resident.nbytes, resident.rank
 
     def want(self, ref: AdapterRef) -> None:
         """Starts fetching the pack of a request that was just queued."""
@@ -219,7 +225,7 @@ class Residency:
             self.evictions += 1
         self._free_slots.pop()
         self._changes.append(SlotChange(slot, str(path)))
-        resident = _Resident(ref, slot, nbytes, last_used=self._clock)
+        resident = _Resident(ref, slot, nbytes, largest_rank(pack), last_used=self._clock)
         self._residents[ref.key] = self._by_slot[slot] = resident
         return resident
 
