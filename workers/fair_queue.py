@@ -85,26 +85,29 @@ class FairQueue(Generic[T]):
             del self._tenants[entry.tenant]
         self._leave_if_idle(entry.tenant)
 
-    def admit(self, item: T) -> None:
-        """It starts. What that costs is to be charged to its tenant before the next is taken."""
-        tenant = self._entries[item].tenant
-        self._vtc.join(tenant)
-        self._vtc.admit(tenant)
-        self.remove(item)
-
     def park(self, item: T) -> None:
         """It can't start until its adapter is on this node; nobody has to wait for that."""
         entry = self._entries[item]
         entry.parked, entry.blocked_at = True, None
         self._leave_if_idle(entry.tenant)
 
-    def block(self, item: T) -> None:
-        """It waits for room."""
+    def ready(self, item: T) -> None:
+        """Its adapter is here. To be said before its tenant is charged for anything."""
         entry = self._entries[item]
         entry.parked = False
+        self._vtc.join(entry.tenant)
+
+    def block(self, item: T) -> None:
+        """It is ready, and waits for room."""
+        self.ready(item)
+        entry = self._entries[item]
         if entry.blocked_at is None:
             entry.blocked_at = self._vtc.total
-        self._vtc.join(entry.tenant)
+
+    def admit(self, item: T) -> None:
+        """It is ready, and starts. Its work is to be charged before the next is taken."""
+        self._vtc.admit(self._entries[item].tenant)
+        self.remove(item)
 
     def candidates(self) -> Iterator[T]:
         """Requests to try, each at most once."""

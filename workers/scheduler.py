@@ -197,6 +197,7 @@ class Scheduler:
             Waiting, or what the adapter's load raised.
         """
         slot, tier = self._acquire(seq)
+        self.waiting.ready(seq)
         seq.slot = slot
         if slot >= 0:
             nbytes, seq.rank = self._residency.size(slot)
