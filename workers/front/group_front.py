@@ -39,7 +39,8 @@ class FrontConfig:
         port: its port, 0 for any free one.
         ranks: processes of the group.
         max_open: requests that the engine may have, waiting and running; more are refused with
-            "overloaded".
+            "overloaded". A tenant may have as many as places are free: one alone gets half of
+            them, and whatever it sends there is room for others.
         max_held_tokens: tokens that may wait for slow clients, over all streams.
         step_timeout_s: rank 0 counts as hung when one step takes longer.
         beat_timeout_s: a rank counts as hung when its process sends nothing for so long.
@@ -50,7 +51,7 @@ class FrontConfig:
     host: str = "127.0.0.1"
     port: int = 0
     ranks: int = 1
-    max_open: int = 256
+    max_open: int = 512
     max_held_tokens: int = 65536
     step_timeout_s: float = 30.0
     beat_timeout_s: float = 3.0
@@ -216,13 +217,13 @@ class GroupFront:
     def submit(self, link: GatewayLink, request: Mapping[str, Any], credit: int) -> None:
         """Admits a request, or answers it with the reason why not."""
         request_id = request["id"]
-        refusal = self._refusal()
+        refusal = self._refusal(request)
         leader = self._ranks.get(0)
         if refusal or leader is None:
             code, text = refusal or ("draining", "rank 0 isn't connected")
             link.send_batch([error_output(request_id, code, text)], self.load())
             return
-        stream = self._streams.add(link.client, request_id, credit)
+        stream = self._streams.add(link.client, request_id, credit, _tenant(request))
         leader.send({"t": "submit", "req": {**request, "id": stream.engine_id}})
 
     def abort(self, link: GatewayLink, request_id: str) -> None:
@@ -278,7 +279,7 @@ class GroupFront:
 
     # Inside
 
-    def _refusal(self) -> tuple[str, str] | None:
+    def _refusal(self, request: Mapping[str, Any]) -> tuple[str, str] | None:
         if self.failure is not None:
             return "draining", f"the group has failed and will be replaced: {self.failure}"
         if self.draining or self._closing:
@@ -287,6 +288,14 @@ class GroupFront:
             return "overloaded", (
                 f"the group has {self._streams.running} requests open, which is its limit; "
                 "try again later"
+            )
+        # A continuation takes the place that its tenant had at another group.
+        mine = self._streams.running_of(_tenant(request))
+        free = self.config.max_open - self.open
+        if mine >= free and not request.get("output"):
+            return "overloaded", (
+                f"you have {mine} requests open at this group, which is your limit while it has "
+                f"{free} places left; wait for some of them to end"
             )
         return None
 
@@ -334,3 +343,8 @@ class GroupFront:
                 wrong = watch.look(asyncio.get_running_loop().time(), self._ranks)
                 if wrong is not None:
                     self.fail(wrong)
+
+
+def _tenant(request: Mapping[str, Any]) -> str:
+    """Whose request it is; rank 0 refuses one that doesn't say."""
+    return str(request.get("tenant"))
