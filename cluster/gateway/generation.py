@@ -28,6 +28,7 @@ _STATUS = {
     "no_group": 503,
     "overloaded": 503,
     "draining": 503,
+    "deadline_exceeded": 504,
 }
 RETRY_AFTER_S = 1
 
