@@ -36,8 +36,8 @@ class _Entry(Generic[T]):
 class FairQueue(Generic[T]):
     """Waiting requests of all tenants.
 
-    To start some: go through `candidates`, and `admit`, `remove`, `park` or `block` each before
-    taking the next.
+    To start some: go through `candidates`, and `admit`, `remove`, `park`, `block` or `pass_over`
+    each before taking the next.
     """
 
     def __init__(self, vtc: VirtualTokenCounter, slack: float):
@@ -48,6 +48,7 @@ class FairQueue(Generic[T]):
         self._vtc, self._slack = vtc, slack
         self._entries: dict[T, _Entry[T]] = {}
         self._tenants: dict[str, list[_Entry[T]]] = {}  # each by key
+        self._passed: set[str] = set()  # tenants that start nothing more in this round
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -104,6 +105,10 @@ class FairQueue(Generic[T]):
         if entry.blocked_at is None:
             entry.blocked_at = self._vtc.total
 
+    def pass_over(self, item: T) -> None:
+        """Its tenant has all that it may have for now: others come next, within the slack."""
+        self._passed.add(self._entries[item].tenant)
+
     def admit(self, item: T) -> None:
         """It is ready, and starts. Its work is to be charged before the next is taken."""
         self._vtc.admit(self._entries[item].tenant)
@@ -111,17 +116,22 @@ class FairQueue(Generic[T]):
 
     def candidates(self) -> Iterator[T]:
         """Requests to try, each at most once."""
+        self._passed.clear()
         tried: set[T] = set()
         for entry in self._overdue():
-            if self._vtc.counter(entry.tenant) > self._vtc.lowest() + self._slack:
+            tenant = entry.tenant
+            if tenant in self._passed:
+                continue
+            if self._vtc.counter(tenant) > self._vtc.lowest() + self._slack:
                 continue  # too far ahead: it goes on waiting
             yield entry.item
             tried.add(entry.item)
-            if entry.item in self._entries and entry.blocked_at is not None:
+            waits = entry.item in self._entries and entry.blocked_at is not None
+            if waits and tenant not in self._passed:
                 return
         heap = [(*self._vtc.order(tenant), tenant, 0) for tenant in self._tenants]
         heapq.heapify(heap)
-        lowest: float | None = None  # counter of those that wait for room
+        lowest: float | None = None  # counter of those that wait although it is their turn
         while heap:
             counter, _, tenant, index = heapq.heappop(heap)
             if lowest is not None and counter > lowest + self._slack:
@@ -129,10 +139,13 @@ class FairQueue(Generic[T]):
             entry = self._tenants[tenant][index]
             if entry.item not in tried:
                 yield entry.item
+            passed = tenant in self._passed
             if entry.item in self._entries:
                 index += 1
-                if lowest is None and entry.blocked_at is not None:
+                if lowest is None and (passed or entry.blocked_at is not None):
                     lowest = self._vtc.counter(tenant)
+            if passed:
+                continue
             if index < len(self._tenants.get(tenant, ())):
                 heapq.heappush(heap, (*self._vtc.order(tenant), tenant, index))
 

@@ -5,8 +5,9 @@ adapters, a slack, and prompts that are paid for chunk by chunk.
 
 A tenant's counter is the price of the work done for it, divided by its weight. Who has the lowest
 counter of those that wait comes next. A tenant that comes back is lifted to the lowest counter of
-those that wait (to that of the tenant admitted last, where nobody waits): time without requests
-earns nothing.
+those that wait (to that of the tenant admitted last, where nobody waits), less a bounded credit: it
+may begin with a burst if it used less than its share before, and that is all that time without
+requests earns.
 
 The bound. A tenant is *active* while it has a request that could start: one that waits for its
 adapter to come to this node can't. Let `slack` be how far above the lowest active counter a tenant
@@ -19,15 +20,16 @@ requests can still be charged right after an admission, over its weight: at most
 For tenants f and g, both active all through any stretch of time, the work W done for them in it
 differs by
 
-    | W_f / weight_f - W_g / weight_g |  <=  2 (U + slack).
+    | W_f / weight_f - W_g / weight_g |  <=  2 (U + slack + credit).
 
-Proof. `floor` is the lowest active counter at the latest admission. It never falls: counters don't,
-and who joins is lifted to the lowest active one, or to the floor. So (1) active counters are at
-least `floor`. A counter grows by admissions and by running requests. Just before its last admission
-it was at most the lowest active one + slack, which is `floor` from then on or less, and since then
-it grew by U at most: (2) every counter is at most floor + slack + U. By (1) and (2) two active
-counters differ by U + slack at most, at the beginning of the stretch and at its end. In between
-neither was lifted, since lifts come with joining, so each grew by W / weight. []
+Proof. `floor` is the highest that the lowest active counter has been at a join or an admission; it
+never falls. Who joins is lifted to the floor less the credit, at least, and counters never fall: so
+(1) active counters are at least floor - credit. A counter grows by admissions and by running
+requests. Just before its last admission it was at most the lowest active one + slack, which is at
+most floor + slack from then on, and since then it grew by U at most: (2) every counter is at most
+floor + slack + U. By (1) and (2) two active counters differ by U + slack + credit at most, at the
+beginning of the stretch and at its end. In between neither was lifted, since lifts come with
+joining, so each grew by W / weight. []
 
 Requests are never taken off for being ahead, so U counts all that runs. One tenant's share of what
 runs is small where others wait: what is measured is far below the bound (benchmarks/fairness.py).
@@ -69,7 +71,12 @@ class Prices:
 class VirtualTokenCounter:
     """The counters of all tenants. Pure: no clock, no I/O."""
 
-    def __init__(self) -> None:
+    def __init__(self, credit: float = 0.0) -> None:
+        """
+        Args:
+            credit: most that a tenant which used less than its share keeps for its return.
+        """
+        self._credit = credit
         self.floor = 0.0
         self.total = 0.0  # price of all work so far, without weights
         self._counters: dict[str, float] = {}
@@ -80,8 +87,8 @@ class VirtualTokenCounter:
         self._sweep_at = _SWEEP_FROM
 
     def counter(self, tenant: str) -> float:
-        """One that isn't remembered is not above the floor, to which it would be lifted."""
-        return self._counters.get(tenant, self.floor)
+        """One that isn't remembered would be lifted to this, or above."""
+        return self._counters.get(tenant, self.floor - self._credit)
 
     def order(self, tenant: str) -> tuple[float, int]:
         """What tenants are compared by, lowest first: of equals, who was admitted longest ago."""
@@ -98,9 +105,9 @@ class VirtualTokenCounter:
         """The tenant has a request that could start; lifts it unless it had one already."""
         if tenant in self._active:
             return
-        if not self._active and self._latest:
-            self.floor = max(self.floor, self.counter(self._latest))
-        self._counters[tenant] = max(self.counter(tenant), self.lowest())
+        latest = self.counter(self._latest) if self._latest and not self._active else self.lowest()
+        self.floor = max(self.floor, latest)
+        self._counters[tenant] = max(self.counter(tenant), self.floor - self._credit)
         self._active.add(tenant)
 
     def leave(self, tenant: str) -> None:
@@ -121,17 +128,18 @@ class VirtualTokenCounter:
         self.total += price
 
     def leads(self, tenants: Iterable[str], most: int) -> dict[str, float]:
-        """Counters above the floor: of `tenants` first, then of those furthest ahead."""
+        """Counters less the floor: of `tenants` first, then of those furthest ahead."""
         named = dict.fromkeys(tenants)
         others = sorted(self._counters.keys() - named.keys(), key=self.counter, reverse=True)
         shown = [*named, *others][:most]
-        return {t: max(0.0, self.counter(t) - self.floor) for t in shown}
+        return {t: self.counter(t) - self.floor for t in shown}
 
     def _forget(self) -> None:
         """Drops counters that mean nothing any more, whenever their number has doubled."""
         if len(self._counters) < self._sweep_at:
             return
-        kept = {t: c for t, c in self._counters.items() if c > self.floor or t in self._active}
+        least = self.floor - self._credit
+        kept = {t: c for t, c in self._counters.items() if c > least or t in self._active}
         self._counters = kept
         self._admitted = {t: n for t, n in self._admitted.items() if t in kept}
         self._sweep_at = max(_SWEEP_FROM, 2 * len(kept))

@@ -13,6 +13,7 @@ from .errors import DeadlinePassed
 from .fair_queue import FairQueue
 from .fairness import Prices, VirtualTokenCounter
 from .kv_blocks import KVBlocks
+from .places import Places
 from .pool.residency import Residency, Waiting
 from .sequence import Sequence
 
@@ -54,10 +55,11 @@ class Scheduler:
                 alone may be larger. None: whatever the pool holds.
         """
         self._kv, self._residency = kv, residency
-        self._max_batch_tokens, self._max_running = max_batch_tokens, max_running
+        self._max_batch_tokens = max_batch_tokens
+        self._places = Places(max_running)
         self._step_adapter_bytes = step_adapter_bytes
         self._prices = prices or Prices()
-        self.vtc = VirtualTokenCounter()
+        self.vtc = VirtualTokenCounter(slack)
         self.waiting: FairQueue[Sequence] = FairQueue(self.vtc, slack)
         self.running: list[Sequence] = []  # in the order of their admission
         self.preemptions = 0
@@ -78,7 +80,7 @@ class Scheduler:
         if seq.slot is None:
             self.waiting.remove(seq)
             return
-        self.running.remove(seq)
+        self._stop(seq)
         if seq.flights == 0:
             self._free(seq)
 
@@ -164,12 +166,15 @@ class Scheduler:
             budget -= w.count
 
         prefills = self._prefills()
-        if budget > 0 and len(self.running) < self._max_running:
+        if budget > 0 and self._places.free > 0:
             for seq in self.waiting.candidates():
                 while prefills and budget > 0 and not self._before(seq, prefills[0]):
                     take(prefills.popleft())
-                if budget == 0 or len(self.running) >= self._max_running:
+                if budget == 0 or self._places.free == 0:
                     break
+                if not self._places.open_to(seq.request.tenant_id):
+                    self.waiting.pass_over(seq)
+                    continue
                 try:
                     if not self._admit(seq):
                         break
@@ -184,8 +189,8 @@ class Scheduler:
             take(prefills.popleft())
 
     def _before(self, waiting: Sequence, begun: Sequence) -> bool:
-        counter = self.vtc.counter
-        return counter(waiting.request.tenant_id) < counter(begun.request.tenant_id)
+        order = self.vtc.order
+        return order(waiting.request.tenant_id) < order(begun.request.tenant_id)
 
     def _admit(self, seq: Sequence) -> bool:
         """Starts a waiting sequence, which then holds its slot and blocks for all its tokens.
@@ -219,6 +224,7 @@ class Scheduler:
             seq.cached_tokens = min(seq.computed, len(seq.request.prompt_ids))
             self.prefix_hit_tokens += seq.cached_tokens
         self.waiting.admit(seq)
+        self._places.take(seq.request.tenant_id)
         self.running.append(seq)
         return True
 
@@ -289,10 +295,14 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Back to the queue; what it had computed will be computed again."""
         assert seq.flights == 0, "a launched step still writes to the blocks"
-        self.running.remove(seq)
+        self._stop(seq)
         self._free(seq)
         self._queue(seq)
         self.preemptions += 1
+
+    def _stop(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._places.give(seq.request.tenant_id)
 
     def _free(self, seq: Sequence) -> None:
         self._kv.release(seq.blocks)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex.workers.fair_queue import FairQueue
 from loraplex.workers.fairness import Prices, VirtualTokenCounter
+from loraplex.workers.places import Places
 
 
 @dataclass(eq=False)
@@ -42,8 +43,9 @@ class Server:
     places: int
     slack: float
     rooms: int = 10**9
+    credit: float = 0.0
+    reserve: bool = False  # places as `Places` gives them out
     round: int = 0
-    vtc: VirtualTokenCounter = field(default_factory=VirtualTokenCounter)
     running: list[Job] = field(default_factory=list)
     service: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # over weight
     waited: dict[Job, float] = field(default_factory=dict)  # job -> total when it was blocked
@@ -53,7 +55,9 @@ class Server:
     _arrivals: int = 0
 
     def __post_init__(self) -> None:
+        self.vtc = VirtualTokenCounter(self.credit)
         self.queue: FairQueue[Job] = FairQueue(self.vtc, self.slack)
+        self.given = Places(self.places)
 
     def add(self, job: Job) -> None:
         self._arrivals += 1
@@ -68,10 +72,15 @@ class Server:
         for job in self.running:
             self._charge(job, job.step_price)
             job.left -= 1
+            if not job.left:
+                self.given.give(job.tenant)
         self.running = [j for j in self.running if j.left > 0]
         for job in self.queue.candidates():
             if len(self.running) >= self.places:
                 break
+            if self.reserve and not self.given.open_to(job.tenant):
+                self.queue.pass_over(job)
+                continue
             if job.ready_at > self.round:
                 self.queue.park(job)
                 continue
@@ -82,6 +91,7 @@ class Server:
                 continue
             self.queue.ready(job)
             self.queue.admit(job)
+            self.given.take(job.tenant)
             self._charge(job, job.start)
             if job in self.waited:
                 waited = self.vtc.total - self.waited.pop(job)
@@ -133,16 +143,18 @@ def traffic(draw: st.DrawFn) -> tuple[Server, list[list[Job]]]:
         places=rng.choice([1, 3, 8]),
         slack=rng.choice([0.0, 20.0, 200.0]),
         rooms=rng.choice([1, 2, 3, 10**9]),
+        credit=rng.choice([0.0, 100.0]),
     )
     return server, rounds
 
 
 @settings(max_examples=60, deadline=None)
-@given(traffic())
-def test_tenants_that_wait_all_the_time_get_equal_shares_within_the_stated_bound(case):
+@given(traffic(), st.booleans())
+def test_tenants_that_wait_all_the_time_get_equal_shares_within_the_stated_bound(case, reserve):
     server, rounds = case
+    server.reserve = reserve
     most = max((j.most for jobs in rounds for j in jobs), default=0.0)
-    bound = 2 * (server.places * most + server.slack)
+    bound = 2 * (server.places * most + server.slack + server.credit)
     # Of each pair that is active: by how much the one was ahead of the other, least and most.
     spans: dict[tuple[str, str], tuple[float, float]] = {}
     before: set[str] = set()
@@ -247,6 +259,47 @@ def test_time_without_requests_earns_nothing():
     assert server.service["back"] == pytest.approx(server.service["always"] - before, abs=10)
 
 
+def test_a_credit_allows_a_burst_of_its_size_and_no_more():
+    server = Server(places=1, slack=0.0, credit=50.0)
+    server.add(Job("back"))
+    for _ in range(200):
+        server.add(Job("always"))
+    for _ in range(100):
+        server.step()
+    assert server.vtc.counter("always") - server.vtc.counter("back") > 50
+    for _ in range(100):
+        server.add(Job("back"))
+    begun = len(server.started)
+    for _ in range(40):
+        server.step()
+    first = [j.tenant for j in server.started[begun:]]
+    alone = first.index("always")  # how many of "back" came before
+    assert 50 / 3 - 2 <= alone <= 50 / 3 + 2
+    rest = first[alone:]
+    assert abs(rest.count("back") - rest.count("always")) <= 2
+
+
+def test_a_flood_leaves_places_to_start_from_at_once():
+    """Whoever else comes now and then starts in the round of its arrival; alone, the flood has
+    every place."""
+    server = Server(places=20, slack=1000.0, reserve=True)
+    rng = random.Random()
+    for n in range(300):
+        while sum(j.tenant == "flood" for j in server.queue) < 30:
+            server.add(Job("flood", steps=10))
+        if n < 50:
+            server.step()
+            assert len(server.running) == 20
+            continue
+        visitor = Job(f"v{rng.randrange(3)}", steps=3) if rng.random() < 0.5 else None
+        if visitor is not None:
+            server.add(visitor)
+        server.step()
+        if n > 70 and visitor is not None:
+            assert visitor in server.started
+    assert sum(j.tenant == "flood" for j in server.running) >= 15
+
+
 def test_waiting_for_a_fetch_earns_nothing_either():
     server = Server(places=1, slack=0.0)
     server.round = 1
@@ -292,4 +345,3 @@ def test_tenants_that_are_gone_are_forgotten_and_reports_are_bounded():
     leads = server.vtc.leads(["named"], 7)
     assert len(leads) == 7
     assert next(iter(leads)) == "named"
-    assert min(leads.values()) >= 0.0
