@@ -128,11 +128,13 @@ class VirtualTokenCounter:
         self.total += price
 
     def leads(self, tenants: Iterable[str], most: int) -> dict[str, float]:
-        """Counters less the floor: of `tenants` first, then of those furthest ahead."""
+        """How far above a newcomer's the counters are: of `tenants` first, then of those furthest
+        ahead."""
         named = dict.fromkeys(tenants)
         others = sorted(self._counters.keys() - named.keys(), key=self.counter, reverse=True)
         shown = [*named, *others][:most]
-        return {t: self.counter(t) - self.floor for t in shown}
+        newcomer = self.floor - self._credit
+        return {t: max(0.0, self.counter(t) - newcomer) for t in shown}
 
     def _forget(self) -> None:
         """Drops counters that mean nothing any more, whenever their number has doubled."""
