@@ -24,6 +24,7 @@ import statistics
 from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import date
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -254,14 +255,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=240.0, help="of modelled time, each run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--machine", default="cpu-2core", help="folder of the result")
     args = parser.parse_args()
     most = capacity(args.seed)
     rate = most / TENANTS / Sizes().price
     result: dict[str, Any] = {
-        "date": str(date.today()),
-        "command": "python benchmarks/fairness.py",
-        "machine": f"{platform.machine()}; times are modelled, not measured",
+        "machine": args.machine,
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version(), "loraplex": version("loraplex")},
+        "times": "modelled, not measured",
+        "modelled_seconds": args.seconds,
+        "seed": args.seed,
         "tenants": TENANTS,
         "fair_share_requests_per_s": round(rate, 3),
         "capacity_price_per_s": round(most),
@@ -273,8 +277,10 @@ def main() -> None:
         print(f"  {json.dumps(row['without'])}\n  {json.dumps(row['beside_10x'])}")
     result["all wait"] = gaps(6000, args.seed)
     print(f"all wait: {json.dumps(result['all wait'])}")
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    path = Path(__file__).parent / "results" / args.machine / "fairness.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

@@ -200,7 +200,8 @@ class EngineConfig:
     base_fingerprint: str | None = None  # packs made for another base are refused
     load_threads: int = 4
     # While a request waits for room in the pool, others start until work of this price was done
-    # (`fairness.Prices`): some 64 steps of 64 decoding sequences.
+    # (`fairness.Prices`): some 64 steps of 64 decoding sequences. As much is the credit of a tenant
+    # that used less than its share before.
     overtake_slack: float = 8192.0
     # Most that the distinct adapters of the running sequences take; None: what the pool holds.
     step_adapter_bytes: int | None = None
