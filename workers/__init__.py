@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         WireError,
         WorkerError,
     )
+    from .fair_queue import FairQueue
+    from .fairness import Prices, VirtualTokenCounter
     from .front.group_front import FrontConfig, GroupFront
     from .group import GroupRanks, RankPlacement
     from .handshake import ClientHandshake
@@ -52,6 +54,7 @@ _HOME = {
     "EngineConfig": "config",
     "EngineLike": "engine_process",
     "EngineReport": "report",
+    "FairQueue": "fair_queue",
     "FinishReason": "request",
     "Frame": "wire",
     "FrameProtocol": "channels",
@@ -71,11 +74,13 @@ _HOME = {
     "PING_EVERY_S": "wire",
     "PackSource": "pool.packs",
     "PoolFull": "errors",
+    "Prices": "fairness",
     "RankPlacement": "group",
     "RankProgram": "engine_process",
     "SamplingParams": "request",
     "TokenLogprob": "request",
     "TokenOutput": "request",
+    "VirtualTokenCounter": "fairness",
     "WireAuthError": "errors",
     "WireError": "errors",
     "WorkerError": "errors",
@@ -95,6 +100,7 @@ __all__ = [
     "EngineConfig",
     "EngineLike",
     "EngineReport",
+    "FairQueue",
     "FinishReason",
     "Frame",
     "FrameProtocol",
@@ -112,11 +118,13 @@ __all__ = [
     "ModelUnsupported",
     "PackSource",
     "PoolFull",
+    "Prices",
     "RankPlacement",
     "RankProgram",
     "SamplingParams",
     "TokenLogprob",
     "TokenOutput",
+    "VirtualTokenCounter",
     "WireAuthError",
     "WireError",
     "WorkerError",
