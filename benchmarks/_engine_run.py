@@ -201,8 +201,8 @@ class BenchEngine:
         self.engine.close()
 
     def _submit(self, requests: int, prompt: int, output: int, adapters: int) -> None:
-        """Greedy requests with prompts that no prefix is known of."""
-        params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
+        """Requests with prompts that no prefix is known of."""
+        params = SamplingParams(max_tokens=output, temperature=1.0, ignore_eos=True)
         vocab = self.shape.config["vocab_size"]
         for i in range(requests):
             self._serial += 1
