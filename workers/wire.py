@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import msgpack
 
 from .errors import WireError
+from .request import ErrorCode
 
 MAX_FRAME_BYTES = 64 << 20  # prompt logprobs of a long prompt are the largest frames
 MAX_HANDSHAKE_BYTES = 4096  # what a peer may send before it has proved that it knows the secret
@@ -58,7 +59,7 @@ def encode_batch(outputs: Sequence[Mapping[str, Any]], **fields: Any) -> list[by
         return [encode({"t": "batch", "out": [error], **fields})]
 
 
-def error_output(request_id: str, code: str, error: str) -> Frame:
+def error_output(request_id: str, code: ErrorCode, error: str) -> Frame:
     """The wire form of the `TokenOutput` that ends a request with an error."""
     return {
         "id": request_id,

@@ -18,6 +18,7 @@ from ..engine_process import LinkAddress
 from ..errors import GroupFailed
 from ..rank_watch import WATCH_EVERY_S, RankWatch
 from ..report import EngineReport
+from ..request import ErrorCode
 from ..wire import DEAD_AFTER_S, PING_EVERY_S, Frame, encode, error_output
 from .front_links import GatewayLink, RankLink
 from .streams import Client, Output, StreamTable
@@ -153,7 +154,7 @@ class GroupFront:
         for task in self._tasks:
             task.cancel()
 
-    def fail(self, why: str, code: str = "group_failed", ended: int | None = None) -> None:
+    def fail(self, why: str, code: ErrorCode = "group_failed", ended: int | None = None) -> None:
         """The group can't serve any more: ends open streams; `failure` says why from now on.
 
         The ranks' processes are killed, but for `ended`, which ends by itself: the others may hang
@@ -278,7 +279,7 @@ class GroupFront:
 
     # Inside
 
-    def _refusal(self) -> tuple[str, str] | None:
+    def _refusal(self) -> tuple[ErrorCode, str] | None:
         if self.failure is not None:
             return "draining", f"the group has failed and will be replaced: {self.failure}"
         if self.draining or self._closing:
@@ -290,7 +291,7 @@ class GroupFront:
             )
         return None
 
-    def _fail_streams(self, code: str, text: str) -> None:
+    def _fail_streams(self, code: ErrorCode, text: str) -> None:
         self._send_outputs(self._streams.fail_all(code, text))
 
     def _send_outputs(self, outputs: Mapping[Client, list[Output]]) -> None:
