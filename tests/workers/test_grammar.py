@@ -178,6 +178,19 @@ def test_what_cant_be_compiled_is_refused_with_the_reason(grammars, grammar, mes
         grammars.start(grammar)
 
 
+@pytest.mark.parametrize(
+    ("option", "schema"),
+    [
+        ("lenient", {"type": "array", "uniqueItems": True}),
+        ("coerce_one_of", {"oneOf": [{"type": "string"}, {"maxLength": 3, "type": "string"}]}),
+    ],
+)
+def test_a_schema_cant_ask_for_its_keywords_to_be_dropped(option, schema):
+    for given in (schema, {**schema, "x-guidance": {option: True}}):
+        with pytest.raises(GrammarInvalid):
+            check_grammar(Grammar("json_schema", json.dumps(given)))
+
+
 def test_a_model_without_a_tokenizer_says_so(tmp_path):
     with pytest.raises(GrammarInvalid, match=r"tokenizer\.json"):
         Grammars(tmp_path, 10, []).start(JSON)

@@ -202,7 +202,13 @@ def _source(grammar: Grammar) -> str:
     try:
         if grammar.kind == "json_schema":
             return LLMatcher.grammar_from_json_schema(
-                grammar.text, overrides={"whitespace_pattern": _WHITESPACE}
+                grammar.text,
+                # A schema's "x-guidance" may make less of its other keywords, and tell nobody.
+                overrides={
+                    "whitespace_pattern": _WHITESPACE,
+                    "lenient": False,
+                    "coerce_one_of": False,
+                },
             )
         if grammar.kind == "choice":
             _check_choices(json.loads(grammar.text))
