@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from .request_check import check_request
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 GrammarKind = Literal["json_schema", "regex", "choice", "grammar"]
@@ -114,8 +117,7 @@ class SamplingParams:
         return msg
 
     @classmethod
-    def from_wire(cls, msg: dict[str, Any]) -> SamplingParams:
-        """Raises KeyError, TypeError or ValueError for what isn't one."""
+    def from_wire(cls, msg: Mapping[str, Any]) -> SamplingParams:
         fields = dict(msg)
         fields["stop_token_ids"] = tuple(fields.get("stop_token_ids", ()))
         fields["logit_bias"] = tuple((int(i), float(v)) for i, v in fields.get("logit_bias", ()))
@@ -150,7 +152,9 @@ class GenerationRequest:
         }
 
     @classmethod
-    def from_wire(cls, msg: dict[str, Any]) -> GenerationRequest:
+    def from_wire(cls, msg: Mapping[str, Any]) -> GenerationRequest:
+        """Raises ValueError for what isn't one; see `request_check`."""
+        check_request(msg)
         return cls(
             request_id=msg["id"],
             prompt_ids=tuple(msg["prompt"]),

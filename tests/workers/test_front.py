@@ -261,10 +261,13 @@ async def test_garbage_reaches_nobody_else():
             _, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"GET / HTTP/1.1\r\n\r\n")
         # A request that the engine can't read ends alone.
-        good.tokens["broken"] = []
-        good.send({"t": "submit", "req": {"id": "broken", "prompt": 5}, "credit": 1})
-        await good.finish("broken", "r")
-        assert good.final["broken"]["error_code"] == "bad_request"
+        whole = GenerationRequest("odd", (1, 2), SamplingParams(), "tenant").to_wire()
+        for broken in ({"id": "broken", "prompt": 5}, {**whole, "prompt": ["a", None]}):
+            good.tokens[broken["id"]] = []
+            good.send({"t": "submit", "req": broken, "credit": 1})
+            await good.finish(broken["id"])
+            assert good.final[broken["id"]]["error_code"] == "bad_request"
+        await good.finish("r")
         assert good.tokens["r"] == fake.expected_tokens((1, 2), 300)
 
 

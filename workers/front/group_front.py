@@ -18,7 +18,7 @@ from ..engine_process import LinkAddress
 from ..errors import GroupFailed
 from ..rank_watch import WATCH_EVERY_S, RankWatch
 from ..report import EngineReport
-from ..request import ErrorCode
+from ..request import ErrorCode, GenerationRequest
 from ..wire import DEAD_AFTER_S, PING_EVERY_S, Frame, encode, error_output
 from .front_links import GatewayLink, RankLink
 from .streams import Client, Output, StreamTable
@@ -217,7 +217,7 @@ class GroupFront:
     def submit(self, link: GatewayLink, request: Mapping[str, Any], credit: int) -> None:
         """Admits a request, or answers it with the reason why not."""
         request_id = request["id"]
-        refusal = self._refusal()
+        refusal = self._refusal() or _unreadable(request)
         leader = self._ranks.get(0)
         if refusal or leader is None:
             code, text = refusal or ("draining", "rank 0 isn't connected")
@@ -335,3 +335,11 @@ class GroupFront:
                 wrong = watch.look(asyncio.get_running_loop().time(), self._ranks)
                 if wrong is not None:
                     self.fail(wrong)
+
+
+def _unreadable(request: Mapping[str, Any]) -> tuple[ErrorCode, str] | None:
+    try:
+        GenerationRequest.from_wire(request)
+    except ValueError as e:
+        return "bad_request", f"the request can't be read: {e}"
+    return None
