@@ -123,10 +123,10 @@ class EngineLoop:
         rest_s = 0.0
         while True:
             idle_s = self._next_report - time.monotonic()
-            frames = self._inbox.take(rest_s if self._engine.has_work() else idle_s)
-            if frames is None:
+            orders = self._inbox.take(rest_s if self._engine.has_work() else idle_s)
+            if orders is None:
                 return
-            self._apply(frames)
+            self._apply(orders)
             outputs: list[dict[str, Any]] = []
             rest_s = 0.0
             if self._engine.has_work():
@@ -136,8 +136,11 @@ class EngineLoop:
                     rest_s = _REST_S
                 outputs = [output.to_wire() for output in made]
             if outputs:
-                for data in encode_batch(outputs):
+                frames, ended = encode_batch(outputs)
+                for data in frames:
                     self._send(data)
+                for request_id in ended:
+                    self._engine.abort(request_id)
             # A first output that waited for a load tells that residency has changed.
             loaded = any(o.get("tier") in ("host", "disk", "s3") for o in outputs)
             if loaded or time.monotonic() >= self._next_report:

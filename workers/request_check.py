@@ -50,7 +50,8 @@ _OPTIONAL_COUNT: _Rule = ("null or an integer, 0 or more", lambda v: v is None o
 _LIST_OF_IDS: _Rule = ("a list of token ids", _ids)
 
 _REQUEST: dict[str, _Rule] = {
-    "id": ("a text", lambda v: isinstance(v, str)),
+    # An id comes back with every output; one that fills a frame would leave no room for any.
+    "id": ("a text of at most 512 characters", lambda v: isinstance(v, str) and len(v) <= 512),
     "prompt": _LIST_OF_IDS,
     "output": _LIST_OF_IDS,
     "tenant": (

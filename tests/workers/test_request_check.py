@@ -69,6 +69,7 @@ def test_all_that_can_be_asked_for_passes():
     [
         ("prompt", ["a"], "prompt must be a list of token ids"),
         ("prompt", [True], "prompt must be a list of token ids"),
+        ("id", "i" * 513, "id must be a text of at most 512"),
         ("output", 5, "output must be a list of token ids, got 5"),
         ("adapter", "../" * 3, "adapter must be null or a sha256"),
         ("tenant", "../x", "tenant must be 1 to 128 letters"),

@@ -298,7 +298,8 @@ class GroupFront:
         for client, ready in outputs.items():
             link = self._gateways.get(client)
             if ready and link is not None:
-                link.send_batch(ready, self.load())
+                for request_id in link.send_batch(ready, self.load()):
+                    self.abort(link, request_id)
 
     def _abort_in_engine(self, engine_ids: list[str]) -> None:
         leader = self._ranks.get(0)
