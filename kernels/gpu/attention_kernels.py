@@ -155,8 +155,8 @@ def attention_kernel(
     if SPLIT:
         split = tl.program_id(0) // ROW_TILES
         splits = tl.num_programs(0) // ROW_TILES
-        share, parts = _share_out(end - begin, splits, short_splits, LONG, MIN_SHARE, BN)
-        if split >= parts:
+        share, shares = _share_out(end - begin, splits, short_splits, LONG, MIN_SHARE, BN)
+        if split >= shares:
             return
         begin += split * share
         end = tl.minimum(end, begin + share)
@@ -195,12 +195,12 @@ def attention_kernel(
     inside = valid[:, None] & (column < DV)[None, :]
     if SPLIT:
         part = (item.to(tl.int64) * heads + head) * splits + split
-        shared = parts > 1
+        shared = shares > 1
         tl.store(part_stats + 2 * part, peak, mask=valid & shared)
         tl.store(part_stats + 2 * part + 1, total, mask=valid & shared)
         place = part_acc + part[:, None] * DV + column[None, :]
         tl.store(place, acc, mask=inside & shared)
-        inside = inside & (parts == 1)
+        inside = inside & (shares == 1)
     # Padding sees nothing: zero by zero would not be zero.
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     place = out + ((row0 + token).to(tl.int64) * heads + head)[:, None] * DV + column[None, :]
@@ -225,8 +225,8 @@ def reduce_kernel(
     keys = tl.load(seq_lens + sequence)
     if WINDOW:
         keys = tl.minimum(keys, window)
-    _, parts = _share_out(keys, splits, short_splits, LONG, MIN_SHARE, BN)
-    if parts == 1:
+    _, shares = _share_out(keys, splits, short_splits, LONG, MIN_SHARE, BN)
+    if shares == 1:
         return
     row = tl.load(query_start + sequence).to(tl.int64)
     column = tl.arange(0, DVP)
@@ -234,11 +234,11 @@ def reduce_kernel(
     peak = NOTHING
     total = 0.0
     acc = tl.zeros([DVP], tl.float32)
-    for first in range(0, parts, REDUCED_AT_ONCE):
+    for first in range(0, shares, REDUCED_AT_ONCE):
         split = first + tl.arange(0, REDUCED_AT_ONCE)
         stats = part_stats + 2 * (first_part + split)
-        peaks = tl.load(stats, mask=split < parts, other=NOTHING)
-        totals = tl.load(stats + 1, mask=split < parts, other=0.0)
+        peaks = tl.load(stats, mask=split < shares, other=NOTHING)
+        totals = tl.load(stats + 1, mask=split < shares, other=0.0)
         place = part_acc + (first_part + split)[:, None] * DV + column[None, :]
         inside = (totals > 0.0)[:, None] & (column < DV)[None, :]
         parts = tl.load(place, mask=inside, other=0.0)

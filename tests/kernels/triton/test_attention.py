@@ -96,7 +96,7 @@ def test_any_step(seed, lengths, shape, window, sinks, block_size, dtype):
 
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 70])
-@pytest.mark.parametrize("splits", [2, 3, 17])
+@pytest.mark.parametrize("splits", [2, 3, 25])
 def test_shared_keys(split, splits, window, sinks):
     """More programs than a reduction takes at once, and more than there are keys for."""
     split(splits)
