@@ -11,7 +11,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..workers import GenerationRequest, TokenOutput
+from ..workers import ErrorCode, GenerationRequest, TokenOutput
 from .connection import GroupConnection, GroupLost, GroupStream
 from .control.table import GroupEntry, RoutingTable
 
@@ -275,5 +275,5 @@ def _prompt_hash(prompt_ids: tuple[int, ...]) -> int:
     return zlib.crc32(head) << 32 | zlib.adler32(head)
 
 
-def _error(request: GenerationRequest, code: str, text: str) -> TokenOutput:
+def _error(request: GenerationRequest, code: ErrorCode, text: str) -> TokenOutput:
     return TokenOutput(request.request_id, finish_reason="error", error_code=code, error=text)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .report import EngineReport, GroupReport
     from .request import (
         AdapterRef,
+        ErrorCode,
         FinishReason,
         GenerationRequest,
         Grammar,
@@ -52,6 +53,7 @@ _HOME = {
     "EngineConfig": "config",
     "EngineLike": "engine_process",
     "EngineReport": "report",
+    "ErrorCode": "request",
     "FinishReason": "request",
     "Frame": "wire",
     "FrameProtocol": "channels",
@@ -95,6 +97,7 @@ __all__ = [
     "EngineConfig",
     "EngineLike",
     "EngineReport",
+    "ErrorCode",
     "FinishReason",
     "Frame",
     "FrameProtocol",

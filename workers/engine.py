@@ -23,7 +23,7 @@ from .planning import Plan, plan_step
 from .pool.packs import PackFetcher, PackSource
 from .pool.residency import Residency
 from .report import EngineReport
-from .request import AdapterRef, FinishReason, GenerationRequest, TokenOutput
+from .request import AdapterRef, ErrorCode, FinishReason, GenerationRequest, TokenOutput
 from .sampling.grammar import Grammars
 from .scheduler import Refusal, Scheduler
 from .sequence import Sequence
@@ -217,7 +217,7 @@ class Engine:
         self._grammars.close()
         self._comm.close()
 
-    def _wrong_with(self, request: GenerationRequest) -> tuple[str, str] | None:
+    def _wrong_with(self, request: GenerationRequest) -> tuple[ErrorCode, str] | None:
         config, n = self.config, len(request.prompt_ids)
         if request.request_id in self._sequences or request.request_id in self._compiling:
             return "duplicate_request", f"request id {request.request_id!r} is in use"
@@ -349,5 +349,5 @@ class Engine:
         self._scheduler.remove(seq)
 
 
-def _failed(request_id: str, code: str, message: str) -> TokenOutput:
+def _failed(request_id: str, code: ErrorCode, message: str) -> TokenOutput:
     return TokenOutput(request_id, finish_reason="error", error_code=code, error=message)

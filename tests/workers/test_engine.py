@@ -220,7 +220,7 @@ def test_sampling_params_are_torch_free_and_round_trip():
             grammar=Grammar("choice", '["é"]'),
         ),
         "t",
-        AdapterRef("t", "d"),
+        AdapterRef("t", "d" * 64),
         (9,),
     )
     assert GenerationRequest.from_wire(msgpack.unpackb(msgpack.packb(request.to_wire()))) == request

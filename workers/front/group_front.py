@@ -18,6 +18,7 @@ from ..engine_process import LinkAddress
 from ..errors import GroupFailed
 from ..rank_watch import WATCH_EVERY_S, RankWatch
 from ..report import EngineReport
+from ..request import ErrorCode, GenerationRequest
 from ..wire import DEAD_AFTER_S, PING_EVERY_S, Frame, encode, error_output
 from .front_links import GatewayLink, RankLink
 from .streams import Client, Output, StreamTable
@@ -153,7 +154,7 @@ class GroupFront:
         for task in self._tasks:
             task.cancel()
 
-    def fail(self, why: str, code: str = "group_failed", ended: int | None = None) -> None:
+    def fail(self, why: str, code: ErrorCode = "group_failed", ended: int | None = None) -> None:
         """The group can't serve any more: ends open streams; `failure` says why from now on.
 
         The ranks' processes are killed, but for `ended`, which ends by itself: the others may hang
@@ -216,7 +217,7 @@ class GroupFront:
     def submit(self, link: GatewayLink, request: Mapping[str, Any], credit: int) -> None:
         """Admits a request, or answers it with the reason why not."""
         request_id = request["id"]
-        refusal = self._refusal()
+        refusal = self._refusal() or _unreadable(request)
         leader = self._ranks.get(0)
         if refusal or leader is None:
             code, text = refusal or ("draining", "rank 0 isn't connected")
@@ -278,7 +279,7 @@ class GroupFront:
 
     # Inside
 
-    def _refusal(self) -> tuple[str, str] | None:
+    def _refusal(self) -> tuple[ErrorCode, str] | None:
         if self.failure is not None:
             return "draining", f"the group has failed and will be replaced: {self.failure}"
         if self.draining or self._closing:
@@ -290,14 +291,15 @@ class GroupFront:
             )
         return None
 
-    def _fail_streams(self, code: str, text: str) -> None:
+    def _fail_streams(self, code: ErrorCode, text: str) -> None:
         self._send_outputs(self._streams.fail_all(code, text))
 
     def _send_outputs(self, outputs: Mapping[Client, list[Output]]) -> None:
         for client, ready in outputs.items():
             link = self._gateways.get(client)
             if ready and link is not None:
-                link.send_batch(ready, self.load())
+                for request_id in link.send_batch(ready, self.load()):
+                    self.abort(link, request_id)
 
     def _abort_in_engine(self, engine_ids: list[str]) -> None:
         leader = self._ranks.get(0)
@@ -334,3 +336,11 @@ class GroupFront:
                 wrong = watch.look(asyncio.get_running_loop().time(), self._ranks)
                 if wrong is not None:
                     self.fail(wrong)
+
+
+def _unreadable(request: Mapping[str, Any]) -> tuple[ErrorCode, str] | None:
+    try:
+        GenerationRequest.from_wire(request)
+    except ValueError as e:
+        return "bad_request", f"the request can't be read: {e}"
+    return None
