@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .cli_adapters import adapters_app
-from .cli_options import Key, Url, connect
+from .cli_options import Assignments, Config, Key, Url, connect, load_settings
 from .cli_tenants import tenants_app
 
 app = typer.Typer(
@@ -59,12 +59,14 @@ Device = Annotated[
     str | None, typer.Option(help="auto, cpu or cuda [LORAPLEX_DEVICE; auto: a GPU if any]")
 ]
 
+Json = Annotated[bool, typer.Option("--json", help="Print JSON")]
+
 
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
-    """Every setting can also come from the environment: LORAPLEX_<NAME>."""
+    """Every setting can also come from --set, the environment (LORAPLEX_<NAME>) or a file."""
 
 
 @app.command()
@@ -80,12 +82,15 @@ def up(
     tp: TensorParallel = None,
     ep: ExpertParallel = None,
     device: Device = None,
+    config: Config = None,
+    assignments: Assignments = None,
 ) -> None:
     """Start everything on this machine, with the demo model and three demo tenants."""
-    from .settings import Settings
     from .up import up as run
 
-    settings = Settings.load(
+    settings = load_settings(
+        config,
+        assignments,
         host=host,
         port=port,
         data_dir=data_dir,
@@ -138,12 +143,15 @@ def serve(
     rotate_admin_key: Annotated[
         bool, typer.Option("--rotate-admin-key", help="Make a new admin key, end the old one.")
     ] = False,
+    config: Config = None,
+    assignments: Assignments = None,
 ) -> None:
     """Serve your own model from this machine."""
-    from .settings import Settings
     from .up import serve as run
 
-    settings = Settings.load(
+    settings = load_settings(
+        config,
+        assignments,
         model_path=model,
         load_format=load_format,
         store_url=store,
@@ -157,6 +165,21 @@ def serve(
         served_model_name=name,
     )
     run(settings, Console(file=sys.stdout), rotate_admin_key)
+
+
+@app.command("config")
+def show_config(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Only these settings", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    config: Config = None,
+    assignments: Assignments = None,
+) -> None:
+    """Show the settings that would be used, and where each comes from; secrets are hidden."""
+    from .cli_config import show_settings
+
+    show_settings(names or [], as_json, config, assignments or [])
 
 
 @app.command()

@@ -1,9 +1,11 @@
-"""All settings of a Loraplex cluster: one model, read from arguments and `LORAPLEX_*` variables."""
+"""All settings of a Loraplex cluster: one model, read from arguments, `LORAPLEX_*` variables, a file."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import secrets
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -16,22 +18,31 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from .errors import ClusterSecretError, SettingsError
+from .settings_sources import ENV_PREFIX, Sources, read_sources
 
-ENV_PREFIX = "LORAPLEX_"
 RAY_NAMESPACE = "loraplex"
 MIN_SECRET_CHARS = 32
 DEFAULT_POOL_BYTES = 1 << 30  # where there is no GPU to share out
 DEFAULT_KV_TOKENS = 16384
 
+# The file's table, while `Settings.load` builds from it.
+_file_values: ContextVar[dict[str, Any]] = ContextVar("_file_values", default={})
+
 
 class Settings(BaseSettings):
     """What an operator may change. Sizes are bytes and read "512MiB"; times are seconds.
 
-    An argument wins over the variable `LORAPLEX_<FIELD>`, which wins over the default. The
-    object is frozen and picklable: it travels to every Ray actor of the cluster.
+    An argument wins over the variable `LORAPLEX_<FIELD>`, which wins over the file, which wins
+    over the default. The object is frozen and picklable: it travels to every Ray actor of the
+    cluster.
     """
 
     model_config = SettingsConfigDict(
@@ -78,6 +89,9 @@ class Settings(BaseSettings):
     store_access_key: str | None = Field(None, description="none: boto3's own search")
     store_secret_key: SecretStr | None = Field(None)
     store_region: str = Field("us-east-1")
+    store_kms_key: str | None = Field(
+        None, description="id or ARN of the KMS key of SSE-KMS; none: the bucket's own default"
+    )
 
     # Worker groups.
     groups: int = Field(2, ge=1, le=1024, description="worker groups (copies of the model)")
@@ -179,22 +193,47 @@ class Settings(BaseSettings):
         return value
 
     @classmethod
-    def load(cls, **values: Any) -> Settings:
-        """Settings from arguments (None: not given), environment and defaults.
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file_settings = InitSettingsSource(settings_cls, _file_values.get())
+        return init_settings, env_settings, file_settings
+
+    @classmethod
+    def load(cls, config: Path | None = None, **values: Any) -> Settings:
+        """Settings from arguments (None: not given), environment, file and defaults.
+
+        Args:
+            config: a TOML file of settings; None: LORAPLEX_CONFIG's, if that is set.
 
         Raises:
-            SettingsError: naming every wrong setting, its value and what would be right.
+            SettingsError: naming every wrong setting, its value, where it comes from and what
+                would be right; or the file, when it can't be read.
         """
-        given = {name: value for name, value in values.items() if value is not None}
+        return cls.from_sources(read_sources(config, values))
+
+    @classmethod
+    def from_sources(cls, sources: Sources) -> Settings:
+        """Raises SettingsError as `load` does."""
+        token = _file_values.set(dict(sources.file))
         try:
-            return cls(**given)
+            return cls(**sources.arguments)
         except ValidationError as error:
-            raise SettingsError(_explain(error, given)) from None
+            raise SettingsError(_explain(error, sources)) from None
+        finally:
+            _file_values.reset(token)
 
     def changed(self, **values: Any) -> Settings:
         """A copy with other values, checked. Raises SettingsError."""
         given = {name: getattr(self, name) for name in self.model_fields_set}
-        return Settings.load(**{**given, **values})
+        values = {name: value for name, value in values.items() if value is not None}
+        # The file was read once: what it said is among the given.
+        return Settings.from_sources(Sources({**given, **values}))
 
     @property
     def rank_pool_bytes(self) -> int | None:
@@ -218,6 +257,7 @@ class Settings(BaseSettings):
             "access_key": self.store_access_key,
             "secret_key": secret.get_secret_value() if secret else None,
             "region": self.store_region,
+            "kms_key": self.store_kms_key,
         }
 
     @property
@@ -277,18 +317,25 @@ class Settings(BaseSettings):
         return self.model_copy(update={"cluster_secret": SecretStr(text)})
 
 
-def _explain(error: ValidationError, given: dict[str, Any]) -> str:
+def is_secret(name: str) -> bool:
+    """Whether a setting's value must not be shown."""
+    field = Settings.model_fields.get(name)
+    return field is not None and "SecretStr" in str(field.annotation)
+
+
+def _explain(error: ValidationError, sources: Sources) -> str:
     lines = []
     for item in error.errors():
         name = str(item["loc"][0]) if item["loc"] else "?"
-        reason = item["msg"].removeprefix("Value error, ")
+        where = sources.label(name)
         if item["type"] == "extra_forbidden":
-            lines.append(f"{name}: there is no such setting")
+            close = difflib.get_close_matches(name, Settings.model_fields, 1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            lines.append(f"{where}: there is no such setting{meant}")
             continue
+        reason = item["msg"].removeprefix("Value error, ")
         field = Settings.model_fields.get(name)
-        variable = ENV_PREFIX + name.upper()
-        where = name if name in given else variable
-        shown = "(hidden)" if "secret" in name or name == "metrics_token" else repr(item["input"])
+        shown = "(hidden)" if is_secret(name) else repr(item["input"])
         hint = f" ({field.description})" if field is not None and field.description else ""
         lines.append(f"{where} = {shown}: {reason}{hint}")
     return "\n".join(lines)
