@@ -1,4 +1,4 @@
-"""All settings of a Loraplex cluster: one model, read from arguments, `LORAPLEX_*` variables, a file."""
+"""All settings of a Loraplex cluster, one model: arguments, `LORAPLEX_*` variables, a file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DEFAULT_POOL_BYTES = 1 << 30  # where there is no GPU to share out
 DEFAULT_KV_TOKENS = 16384
 
 # The file's table, while `Settings.load` builds from it.
-_file_values: ContextVar[dict[str, Any]] = ContextVar("_file_values", default={})
+_file_values: ContextVar[dict[str, Any] | None] = ContextVar("_file_values", default=None)
 
 
 class Settings(BaseSettings):
@@ -201,7 +201,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        file_settings = InitSettingsSource(settings_cls, _file_values.get())
+        file_settings = InitSettingsSource(settings_cls, _file_values.get() or {})
         return init_settings, env_settings, file_settings
 
     @classmethod

@@ -1,7 +1,7 @@
-"""Where settings come from: arguments, `LORAPLEX_*` variables, a TOML file, defaults, in this order.
+"""Where settings come from: arguments, `LORAPLEX_*` variables, a TOML file, defaults.
 
-pydantic-settings merges them; this module reads the file and remembers who said what, for
-`loraplex config` and for errors.
+The first that says something wins. pydantic-settings merges them; this module reads the file and
+remembers who said what, for `loraplex config` and for errors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .errors import SettingsError
 
 ENV_PREFIX = "LORAPLEX_"
 CONFIG_VARIABLE = ENV_PREFIX + "CONFIG"
-# What other parts of Loraplex read: the command line's, the bridge from variables to the file.
+# What isn't a setting but is read: the file's place, and the command line's own.
 _OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, ENV_PREFIX + "URL", ENV_PREFIX + "KEY"})
 
 

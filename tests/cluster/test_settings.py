@@ -125,7 +125,7 @@ def test_errors_of_the_file_name_it_and_show_no_secret(config_file):
     assert any(line.startswith(f"{path}: port = 'x': ") and "integer" in line for line in lines)
     assert f"{path}: gropus: there is no such setting; did you mean groups?" in lines
     assert "hush" not in str(caught.value)
-    with pytest.raises(SettingsError, match="isn't TOML.*line 1"):
+    with pytest.raises(SettingsError, match=r"isn't TOML.*line 1"):
         Settings.load(config_file("port: 3"))
 
 
