@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from .cli_adapters import adapters_app
 from .cli_options import Assignments, Config, Key, Url, connect, load_settings
+from .cli_store import store_app
 from .cli_tenants import tenants_app
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(store_app, name="store")
 app.add_typer(tenants_app, name="tenants")
 
 Host = Annotated[
