@@ -55,10 +55,28 @@ def build_apps(settings: Settings) -> list[serve.RunTarget]:
     Args:
         settings: with the cluster secret, the model and the device settled.
     """
+    return [
+        serve.RunTarget(gateway_app(settings), name=GATEWAY_APP, route_prefix="/"),
+        serve.RunTarget(groups_app(settings), name=GROUPS_APP, route_prefix=None),
+    ]
+
+
+def gateway_app(settings: Settings) -> serve.Application:
+    """Settings as for `build_apps`."""
+    return Gateway.options(
+        num_replicas=settings.gateway_replicas,
+        ray_actor_options={"num_cpus": GATEWAY_CPUS},
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=DRAIN_S,
+    ).bind(settings)
+
+
+def groups_app(settings: Settings) -> serve.Application:
+    """Settings as for `build_apps`."""
     threads = rank_threads(settings)
     on_gpu = settings.device == "cuda"
     token = settings.metrics_token
-    groups = WorkerGroupConfig(
+    config = WorkerGroupConfig(
         deployment=GROUPS_DEPLOYMENT,
         program=rank_program(settings, base_model(settings), threads),
         secret=settings.secret_bytes(),
@@ -73,18 +91,7 @@ def build_apps(settings: Settings) -> list[serve.RunTarget]:
         step_timeout_s=settings.step_timeout_s,
         drain_timeout_s=DRAIN_S,
     )
-    gateway = Gateway.options(
-        num_replicas=settings.gateway_replicas,
-        ray_actor_options={"num_cpus": GATEWAY_CPUS},
-        graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=DRAIN_S,
-    )
-    return [
-        serve.RunTarget(gateway.bind(settings), name=GATEWAY_APP, route_prefix="/"),
-        serve.RunTarget(
-            worker_group_app(groups, settings.groups), name=GROUPS_APP, route_prefix=None
-        ),
-    ]
+    return worker_group_app(config, settings.groups)
 
 
 def deploy(settings: Settings) -> None:

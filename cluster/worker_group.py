@@ -20,7 +20,7 @@ from ..workers import (
 )
 from .metrics import EngineMetrics, MetricsServer, new_registry, serve_metrics
 from .named_actors import CONTROLLER_NAME, NamedActor
-from .replica_address import listen_on_node_address
+from .replica_address import advertised, listen_on_node_address
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class WorkerGroup:
         return GroupReport(
             deployment=self._config.deployment,
             group=self._group,
-            host=self._config.host,
+            host=advertised(self._config.host),
             port=self._front.port,
             metrics_port=self._metrics_port,
             # A failed group is on its way out as well: nobody should be sent to it.

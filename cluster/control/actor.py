@@ -22,6 +22,7 @@ from ..metrics import (
     serve_routes,
 )
 from ..named_actors import CONTROLLER_NAME, start_named
+from ..replica_address import advertised
 from ..settings import Settings
 from .controller import Controller, ControllerConfig
 from .deleted import deleted_adapters
@@ -159,7 +160,7 @@ class ControllerActor:
     def _all_targets(self, controller: Controller) -> list[Target]:
         own = Target(
             "controller",
-            self._settings.internal_host,
+            advertised(self._settings.internal_host),
             self._exporter_port,
             {"replica": CONTROLLER_NAME},
         )
