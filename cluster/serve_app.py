@@ -11,6 +11,7 @@ from ray.serve.schema import ApplicationStatus
 
 from .control.actor import start_controller
 from .gateway.deployment import GATEWAY_CPUS, Gateway
+from .group_scaling import TARGET_FILL
 from .ingest import start_ingest
 from .limiter_actor import start_limiter
 from .model import base_model
@@ -41,7 +42,7 @@ def start_actors(settings: Settings) -> None:
     actors = [
         start_controller(settings),
         start_ingest(settings, base_model(settings)),
-        start_limiter(),
+        start_limiter(settings),
     ]
     ray.get([actor.__ray_ready__.remote() for actor in actors], timeout=_ACTOR_START_S)
 
@@ -91,7 +92,8 @@ def groups_app(settings: Settings) -> serve.Application:
         step_timeout_s=settings.step_timeout_s,
         drain_timeout_s=DRAIN_S,
     )
-    return worker_group_app(config, settings.groups)
+    target = TARGET_FILL * settings.max_running
+    return worker_group_app(config, settings.groups, settings.max_groups, target)
 
 
 def deploy(settings: Settings) -> None:

@@ -95,6 +95,9 @@ class Settings(BaseSettings):
 
     # Worker groups.
     groups: int = Field(2, ge=1, le=1024, description="worker groups (copies of the model)")
+    max_groups: int | None = Field(
+        None, ge=1, le=1024, description="groups are added under load up to so many; none: never"
+    )
     tp: int = Field(1, ge=1, le=64, description="ranks in a group")
     ep: int = Field(1, ge=1, le=64, description="parts that the experts are split into; divides tp")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -126,6 +129,9 @@ class Settings(BaseSettings):
 
     # The gateway.
     gateway_replicas: int = Field(1, ge=1, le=256)
+    control_resource: str | None = Field(
+        None, description="Ray resource of the nodes that controller, ingest and limiter run on"
+    )
     ingest_concurrency: int = Field(2, ge=1, le=64, description="uploads validated at once")
     haproxy: bool = Field(False, description="Ray Serve's HAProxy mode (binds all interfaces)")
     upload_max_bytes: ByteSize = Field(
@@ -161,6 +167,14 @@ class Settings(BaseSettings):
         parts = urlsplit(value)
         if parts.scheme != "s3" or not parts.netloc:
             raise ValueError("must look like s3://bucket or s3://bucket/prefix")
+        return value
+
+    @field_validator("max_groups")
+    @classmethod
+    def _check_max_groups(cls, value: int | None, info: ValidationInfo) -> int | None:
+        groups = info.data.get("groups", value)
+        if value is not None and value < groups:
+            raise ValueError(f"must be at least groups = {groups}")
         return value
 
     @field_validator("ep")
@@ -247,6 +261,11 @@ class Settings(BaseSettings):
 
     def _size(self, given: int | None, default: int) -> int | None:
         return default if given is None and self.device != "cuda" else given
+
+    @property
+    def control_resources(self) -> dict[str, float]:
+        """Ray resources that each of the named actors takes."""
+        return {self.control_resource: 0.001} if self.control_resource else {}
 
     def store_options(self) -> dict[str, Any]:
         """Plain keyword arguments for `adapter_store.ObjectStore`."""

@@ -39,7 +39,14 @@ _NUM_CPUS = 0.05
 def start_controller(settings: Settings, config: ControllerConfig | None = None) -> Any:
     """Starts the controller's actor, or finds the one that runs; returns its handle."""
     config = config or ControllerConfig()
-    return start_named(CONTROLLER_NAME, ControllerActor, settings, config, num_cpus=_NUM_CPUS)
+    return start_named(
+        CONTROLLER_NAME,
+        ControllerActor,
+        settings,
+        config,
+        num_cpus=_NUM_CPUS,
+        resources=settings.control_resources,
+    )
 
 
 class ControllerActor:
