@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 store_app = typer.Typer(
-    help="The object store: check, repair, export. Reads it directly; no service is needed.",
+    help="The object store itself, past any service: check, repair, export, admin key.",
     no_args_is_help=True,
 )
 
@@ -44,6 +44,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON")]
 
 class UnknownTenant(ClusterError):
     """No tenant has this name or id."""
+
+
+class AdminKeyExists(ClusterError):
+    """The admin key was made before; only its hash is kept."""
 
 
 @store_app.command()
@@ -180,6 +184,28 @@ def export(
             packs=packs,
         ):
             _line(str(path))
+
+
+@store_app.command("admin-key")
+def admin_key(
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Make a new one; the old one stops working")
+    ] = False,
+    store: Store = None,
+    data_dir: DataFolder = None,
+    config: Config = None,
+    assignments: Assignments = None,
+) -> None:
+    """Make the admin key of a service and show it, this once."""
+    from ..adapter_store import Catalogue
+    from .store_access import open_store
+
+    settings = _settings(config, assignments, store, data_dir, None, None)
+    with open_store(settings) as opened:
+        made = Catalogue(opened).ensure_admin_key(rotate=rotate)
+    if made is None:
+        raise AdminKeyExists("there is an admin key already; --rotate makes another and ends it")
+    print(made)
 
 
 def _settings(
