@@ -169,6 +169,28 @@ def serve(
     run(settings, Console(file=sys.stdout), rotate_admin_key)
 
 
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Option("--model", help="As for serve [LORAPLEX_MODEL_PATH]")
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option("--store", help="As for serve [LORAPLEX_STORE_URL]")
+    ] = None,
+    data_dir: DataFolder = None,
+    as_json: Json = False,
+    config: Config = None,
+    assignments: Assignments = None,
+) -> None:
+    """Check this machine, its GPUs, the object store and the model; exit code 1 if one fails."""
+    from .cli_doctor import show_examination
+
+    settings = load_settings(
+        config, assignments, model_path=model, store_url=store, data_dir=data_dir
+    )
+    raise typer.Exit(0 if show_examination(settings, as_json) else 1)
+
+
 @app.command("config")
 def show_config(
     names: Annotated[
