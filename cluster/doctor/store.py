@@ -55,16 +55,13 @@ def try_store(store: ObjectStore, now: Callable[[], datetime]) -> Iterator[Check
     data = secrets.token_bytes(4096)
     try:
         etag = store.put(key, data)
-        if store.get(key)[0] != data:
-            yield Check("store", "fail", f"{store.url} gives back other bytes", "don't use it")
-            return
     except StoreError as error:
         yield Check("store", "fail", str(error), _REACH)
         return
-    yield Check("store", "ok", f"{store.url}: written and read")
     try:
-        yield _skew((store.head(key).modified - now()).total_seconds())
         for name, look in (
+            ("store", lambda: _bytes(store, key, data)),
+            ("clock", lambda: _skew((store.head(key).modified - now()).total_seconds())),
             ("conditional writes", lambda: _conditions(store, key, etag)),
             ("ranges", lambda: _ranges(store, key, data)),
             ("presigned uploads", lambda: _presigned(store, key)),
@@ -75,6 +72,12 @@ def try_store(store: ObjectStore, now: Callable[[], datetime]) -> Iterator[Check
                 yield Check(name, "fail", str(error), "check the bucket's policy for these keys")
     finally:
         store.delete(key)
+
+
+def _bytes(store: ObjectStore, key: str, data: bytes) -> Check:
+    if store.get(key)[0] == data:
+        return Check("store", "ok", f"{store.url}: written and read")
+    return Check("store", "fail", f"{store.url} gives back other bytes", "don't use it")
 
 
 def _skew(seconds: float) -> Check:
