@@ -57,7 +57,7 @@ class Stage:
 def instructions(text: str) -> list[tuple[str, str]]:
     """(instruction, its arguments), with continued lines joined and comments gone."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
+    joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
     parts = (line.strip().split(None, 1) for line in joined.splitlines() if line.strip())
     return [(part[0].upper(), part[1]) for part in parts]
 
