@@ -35,7 +35,7 @@ FindingKind = Literal[
     "orphan_blob",  # content that no version names: a publish broke off, or is under way
     "abandoned_upload",  # quarantine: nobody completed it, or the ingest died, or it is under way
     "half_deleted",  # a tenant's deletion broke off
-    "unreadable_catalogue",
+    "unreadable_document",  # a tenant's own, or its catalogue
 ]
 
 
@@ -75,9 +75,12 @@ def check_store(
         contents: read every object; False: only see that it is there.
     """
     yield from _uploads(store)
-    for tenant_id in catalogue.half_deleted_tenants():
-        key = layout.tenant_folder(tenant_id)
-        yield Finding("half_deleted", tenant_id, key, "the tenant's deletion broke off")
+    try:
+        for tenant_id in catalogue.half_deleted_tenants():
+            key = layout.tenant_folder(tenant_id)
+            yield Finding("half_deleted", tenant_id, key, "the tenant's deletion broke off")
+    except DocumentError as error:
+        yield Finding("unreadable_document", "", layout.TENANTS, str(error))
     with workspace(scratch) as folder:
         for tenant_id in list(store.list_folders(layout.TENANTS)):
             checker = _TenantCheck(store, catalogue, tenant_id, folder, base, contents)
@@ -120,7 +123,7 @@ class _TenantCheck:
             used = self._catalogue.blobs_in_use(self._tenant)
         except DocumentError as error:
             key = layout.catalogue_key(self._tenant)
-            yield Finding("unreadable_catalogue", self._tenant, key, str(error))
+            yield Finding("unreadable_document", self._tenant, key, str(error))
             return
         for digest, blob in sorted(used):
             found = list(self._blob(digest, blob))

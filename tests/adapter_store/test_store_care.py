@@ -155,6 +155,20 @@ def test_a_half_deleted_tenant_is_found_and_its_deletion_ended(
     assert not service.keys("tenants/")
 
 
+def test_documents_that_cant_be_read_are_told_and_left(service: Service, tmp_path: Path) -> None:
+    service.publish("bot", upload(1))
+    other = service.catalogue.create_tenant("other").id
+    service.store.put(f"tenants/{other}/tenant.json", b"{")
+    service.store.put(f"tenants/{service.tenant_id}/catalogue.json", b"[]")
+    kept = service.keys("")
+    found = check(service, tmp_path)
+    assert [f.kind for f in found] == ["unreadable_document"] * 2
+    assert other in found[0].message
+    assert service.tenant_id in found[1].key
+    assert {r.plan for r in repair(service, found)} == {"leave"}
+    assert service.keys("") == kept
+
+
 def test_adapters_of_another_base_model_are_told_and_left(service: Service, tmp_path: Path) -> None:
     service.publish("bot", upload(1))
     other = type(BASE).from_json(BASE.to_json().replace("ab" * 32, "cd" * 32))
