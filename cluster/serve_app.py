@@ -25,8 +25,6 @@ GROUPS_DEPLOYMENT = "WorkerGroup"
 # Ray counts these to place processes; they aren't what a process may use.
 RANK_CPUS = 0.5
 FRONT_CPUS = 0.1
-# Streams that are open when the service stops.
-DRAIN_S = 2.0
 _ACTOR_START_S = 60.0
 
 
@@ -68,7 +66,7 @@ def gateway_app(settings: Settings) -> serve.Application:
         num_replicas=settings.gateway_replicas,
         ray_actor_options={"num_cpus": GATEWAY_CPUS},
         graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_timeout_s=settings.drain_s,
     ).bind(settings)
 
 
@@ -90,7 +88,7 @@ def groups_app(settings: Settings) -> serve.Application:
         metrics_host=settings.metrics_host,
         metrics_token=token.get_secret_value() if token else None,
         step_timeout_s=settings.step_timeout_s,
-        drain_timeout_s=DRAIN_S,
+        drain_timeout_s=settings.drain_s,
     )
     target = TARGET_FILL * settings.max_running
     return worker_group_app(config, settings.groups, settings.max_groups, target)

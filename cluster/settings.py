@@ -125,6 +125,9 @@ class Settings(BaseSettings):
     step_timeout_s: float = Field(
         30.0, ge=1, description="a group whose engine step takes longer counts as hung and restarts"
     )
+    drain_s: float = Field(
+        2.0, ge=0, description="what open requests get when a group or a gateway is to stop"
+    )
     disk_cache_bytes: ByteSize = Field(ByteSize(8 << 30), ge=1 << 20, description="a node's disk")
 
     # The gateway.
@@ -356,5 +359,6 @@ def _explain(error: ValidationError, sources: Sources) -> str:
         field = Settings.model_fields.get(name)
         shown = "(hidden)" if is_secret(name) else repr(item["input"])
         hint = f" ({field.description})" if field is not None and field.description else ""
-        lines.append(f"{where} = {shown}: {reason}{hint}")
+        flag = " [by a flag]" if sources.origin(name) == "flag" else ""
+        lines.append(f"{where} = {shown}: {reason}{hint}{flag}")
     return "\n".join(lines)

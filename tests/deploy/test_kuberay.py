@@ -74,9 +74,12 @@ def test_a_gpu_pod_is_one_worker_group(service: Manifest, variables: dict[str, s
     assert gpu["maxReplicas"] == int(variables["LORAPLEX_MAX_GROUPS"])
 
 
-def test_every_pod_is_confined_and_has_the_settings_and_memory_to_share(service: Manifest) -> None:
+def test_every_pod_is_confined_and_has_the_settings_and_memory_to_share(
+    service: Manifest, variables: dict[str, str]
+) -> None:
     for name, group in groups(service).items():
         pod = group["template"]["spec"]
+        assert pod["terminationGracePeriodSeconds"] > float(variables["LORAPLEX_DRAIN_S"])
         assert pod["securityContext"]["runAsNonRoot"], name
         assert pod["enableServiceLinks"] is False, name
         assert pod["automountServiceAccountToken"] is (name == "head")
