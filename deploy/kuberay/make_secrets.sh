@@ -7,7 +7,9 @@ set -euo pipefail
 namespace=${1:-loraplex}
 random() { head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n'; }
 
-# Values go by files that only this process has: arguments can be read by others.
+# Values go by files of this user alone: arguments can be read by others.
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
 make_secret() {
   local name=$1
   shift
@@ -15,15 +17,13 @@ make_secret() {
     echo "secret $name is there already"
     return
   fi
-  local folder arguments=()
-  folder=$(mktemp -d)
+  local arguments=()
   while (($#)); do
     printf %s "$2" >"$folder/$1"
     arguments+=("--from-file=$1=$folder/$1")
     shift 2
   done
   kubectl -n "$namespace" create secret generic "$name" "${arguments[@]}"
-  rm -rf "$folder"
 }
 
 kubectl get namespace "$namespace" >/dev/null 2>&1 || kubectl create namespace "$namespace"
