@@ -107,6 +107,9 @@ from .records import (
     TenantLimits,
     VersionMeta,
 )
+from .store_check import Finding, check_store
+from .store_export import export_adapters
+from .store_repair import Repair, carry_out, plan_repairs
 from .sweep import SweepReport, sweep
 
 __all__ += [
@@ -122,6 +125,7 @@ __all__ += [
     "DocumentError",
     "EmbeddedS3",
     "EmbeddedStoreError",
+    "Finding",
     "KeyNotFound",
     "KeyRecord",
     "LimitExceeded",
@@ -135,6 +139,7 @@ __all__ += [
     "PreconditionFailed",
     "Publisher",
     "Record",
+    "Repair",
     "StoreDenied",
     "StoreError",
     "StoreUnavailable",
@@ -146,9 +151,13 @@ __all__ += [
     "UploadNotFound",
     "UploadSizes",
     "VersionMeta",
+    "carry_out",
+    "check_store",
     "create_document",
     "discard_upload",
+    "export_adapters",
     "next_epoch",
+    "plan_repairs",
     "quarantine_keys",
     "read_document",
     "stage_upload",

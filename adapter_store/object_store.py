@@ -62,7 +62,10 @@ class ObjectStore:
     Args:
         url: s3://bucket or s3://bucket/prefix.
         endpoint: of an S3-compatible server; None: AWS.
-        access_key, secret_key: None: boto3's own search (environment, profile, instance role).
+        access_key, secret_key: None: boto3's own search (environment, profile, instance role, web
+            identity).
+        kms_key: id or ARN of the KMS key that objects are encrypted with (SSE-KMS). What others
+            put by a presigned URL gets the bucket's own default encryption.
         attempts: of one request.
     """
 
@@ -74,6 +77,7 @@ class ObjectStore:
         access_key: str | None = None,
         secret_key: str | None = None,
         region: str = "us-east-1",
+        kms_key: str | None = None,
         attempts: int = ATTEMPTS,
     ) -> None:
         parts = urlsplit(url)
@@ -84,6 +88,9 @@ class ObjectStore:
         self.bucket = parts.netloc
         prefix = parts.path.strip("/")
         self._prefix = f"{prefix}/" if prefix else ""
+        self._encryption: dict[str, str] = (
+            {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key} if kms_key else {}
+        )
         self._client: Any = _make_client(
             endpoint_url=endpoint,
             aws_access_key_id=access_key,
@@ -137,7 +144,11 @@ class ObjectStore:
             try:
                 with self._translated("write", key):
                     answer = self._client.put_object(
-                        Bucket=self.bucket, Key=self._prefix + key, Body=data, **conditions
+                        Bucket=self.bucket,
+                        Key=self._prefix + key,
+                        Body=data,
+                        **conditions,
+                        **self._encryption,
                     )
                 return answer["ETag"]
             except Conflict:
@@ -226,7 +237,9 @@ class ObjectStore:
     def upload(self, path: Path, key: str) -> None:
         """Writes a file to an object, in one step also when it travels in parts."""
         with self._translated("write", key), self._transfer() as transfer:
-            transfer.upload_file(str(path), self.bucket, self._prefix + key)
+            transfer.upload_file(
+                str(path), self.bucket, self._prefix + key, extra_args=self._encryption
+            )
 
     def presign_put(
         self, key: str, max_bytes: int, expires_s: int, *, nbytes: int | None = None

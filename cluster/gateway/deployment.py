@@ -21,7 +21,7 @@ from ..ingest import make_uploads
 from ..leases import LocalLeases
 from ..metrics import GatewayMetrics, MetricsServer, Target, new_registry, serve_metrics
 from ..model import base_model, model_source
-from ..replica_address import listen_on_node_address
+from ..replica_address import advertised, listen_on_node_address
 from ..routing import decide
 from ..settings import Settings
 from .app import build_gateway
@@ -94,7 +94,8 @@ class Gateway:
             token=token.get_secret_value() if token else None,
         )
         replica = serve.get_replica_context().replica_id.unique_id
-        return Target("gateway", settings.internal_host, port, {"replica": replica})
+        host = advertised(settings.internal_host)
+        return Target("gateway", host, port, {"replica": replica})
 
     def _choose(
         self,

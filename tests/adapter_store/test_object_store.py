@@ -191,3 +191,34 @@ def test_a_body_that_breaks_off_is_read_again() -> None:
 def test_store_urls_are_checked(url: str) -> None:
     with pytest.raises(ValueError, match="s3://bucket"):
         ObjectStore(url)
+
+
+def test_a_kms_key_is_asked_for_with_each_object_that_is_written(tmp_path: Path) -> None:
+    store = ObjectStore("s3://b", endpoint="http://s3", access_key="a", secret_key="s", kms_key="k")
+    seen: list[tuple[str, str | None, str | None]] = []
+
+    class Sent(Exception):
+        pass
+
+    def record(request, operation_name: str, **_: object) -> None:
+        headers = request.headers
+        algorithm = headers.get("x-amz-server-side-encryption")
+        key = headers.get("x-amz-server-side-encryption-aws-kms-key-id")
+        seen.append((operation_name, algorithm, key))
+        raise Sent
+
+    store._client.meta.events.register("request-created.s3", record)
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(b"1")
+    large.write_bytes(bytes(9 << 20))
+    for write in (
+        lambda: store.put("x", b"1"),
+        lambda: store.upload(small, "x"),
+        lambda: store.upload(large, "x"),
+    ):
+        with pytest.raises(Sent):
+            write()
+    encrypted = ("aws:kms", "k")
+    assert seen == [
+        (name, *encrypted) for name in ("PutObject", "PutObject", "CreateMultipartUpload")
+    ]
