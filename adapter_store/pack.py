@@ -106,6 +106,10 @@ class Pack:
         spans = self._layer(layer)
         return self._data_start + spans.replicated[0], self._data_start + spans.cut[1]
 
+    def spans(self, layer: PackLayer | int) -> LayerSpans:
+        """Where the layer's tensors lie; its first byte is at `replicated[0]`."""
+        return self._layer(layer)
+
     def dense_a(
         self, layer: PackLayer | int, target: str, rows: tuple[int, int] | None = None
     ) -> np.ndarray:

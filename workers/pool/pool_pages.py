@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
 
 # Of the pages of an adapter of Qwen3-30B-A3B, two leave 0.2 to 1.6 % empty, four 0.2 to 1.5 %,
 # eight the same.
@@ -22,20 +25,29 @@ class BlockLayout:
     that, a page of 2 MiB ends in 5 to 10 % of nothing at ranks of 32 to 64.
     """
 
-    def __init__(self, sizes: Sequence[int], page: int):
+    def __init__(self, sizes: Sequence[int] | np.ndarray, page: int):
+        """Places int64 [n, 2]: the run of each block and the offset in it."""
+        sizes = np.asarray(sizes, np.int64)
         self.runs: list[int] = []  # pages of each run
-        self.places: list[tuple[int, int]] = []  # (run, offset in it) of each block
+        self.places = np.zeros((sizes.size, 2), np.int64)
         room: dict[int, int] = {}  # at the end of each run that still takes blocks
-        for size in sizes:
-            run = next((run for run, left in room.items() if left >= size), None)
-            if run is None:
-                run, pages = len(self.runs), max(1, -(-size // page))
-                self.runs.append(pages)
-                room[run] = pages * page
-                if len(room) > _OPEN_RUNS:
-                    del room[min(room, key=room.__getitem__)]
-            self.places.append((run, self.runs[run] * page - room[run]))
-            room[run] -= size
+        changes = np.flatnonzero(np.diff(sizes)) + 1
+        for first, end in pairwise([0, *changes.tolist(), sizes.size] if sizes.size else []):
+            size = int(sizes[first])
+            while first < end:  # equal ones lie side by side
+                run = next((run for run, left in room.items() if left >= size), None)
+                if run is None:
+                    run, pages = len(self.runs), max(1, -(-size // page))
+                    self.runs.append(pages)
+                    room[run] = pages * page
+                    if len(room) > _OPEN_RUNS:
+                        del room[min(room, key=room.__getitem__)]
+                n = min(end - first, room[run] // size) if size else end - first
+                offset = self.runs[run] * page - room[run]
+                self.places[first : first + n, 0] = run
+                self.places[first : first + n, 1] = offset + size * np.arange(n)
+                room[run] -= n * size
+                first += n
 
     @property
     def pages(self) -> int:
@@ -52,6 +64,11 @@ class Pages:
     @property
     def free(self) -> int:
         return sum(n for _, n in self._free)
+
+    def copy(self) -> Pages:
+        other = Pages(self.total)
+        other._free = list(self._free)
+        return other
 
     def allocate(self, runs: Sequence[int]) -> list[int] | None:
         """First page of each run, or None (and nothing taken) when they don't all fit."""

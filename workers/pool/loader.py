@@ -1,0 +1,144 @@
+"""Loads of packs into the pool, in a thread beside the engine's.
+
+What takes the host long is here: pages of a mapping that come from the disk, planning, launching.
+One thread works on all loads, a stage at a time, always for the load that has least left: none
+waits behind a large one, and however many there are, they share the same two buffers.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from .slot_tables import Row
+from .stager import Arrival, Stager, Transfer
+
+
+class Load:
+    """A pack on its way to its pages. The engine's thread holds it; another one brings it."""
+
+    def __init__(
+        self,
+        nbytes: int,
+        make: Callable[[], tuple[Row, Iterator[Transfer]]],
+        fence: Arrival,
+        pinned: bool = False,
+    ):
+        """
+        Args:
+            nbytes: to be copied, about.
+            make: called in the loader's thread: what the tables are to say, and what to move.
+            fence: what was launched before the pages were given out.
+            pinned: the bytes are in memory that the device copies from directly.
+        """
+        self.nbytes, self.left, self.pinned = nbytes, nbytes, pinned
+        self.row: Row | None = None
+        self.error: BaseException | None = None
+        self.cancelled = False
+        self.seconds = 0.0  # from the first stage to the last one's arrival, once it is done
+        self._make, self._fence = make, fence
+        self._transfers: Iterator[Transfer] | None = None
+        self._layers: dict[int, Arrival] = {}
+        self._last: Arrival | None = None
+        self._launched = threading.Event()
+        self._started = 0.0
+
+    @property
+    def launched(self) -> bool:
+        """The host's part has ended: all is on its way, or the load has failed."""
+        return self._launched.is_set()
+
+    @property
+    def done(self) -> bool:
+        """All is in its place, or the load has failed. Never blocks."""
+        if not self.launched or not (self._last is None or self._last.query()):
+            return False
+        if not self.seconds:
+            self.seconds = time.perf_counter() - self._started
+        return True
+
+    def rest(self, seconds: float) -> None:
+        """Waits until the host's part has ended, or for so long."""
+        self._launched.wait(seconds)
+
+    def wait(self) -> None:
+        """Waits until it is done. Raises what made it fail."""
+        self._launched.wait()
+        if self._last is not None:
+            self._last.synchronize()
+        if self.error is not None:
+            raise self.error
+
+    def join_host(self) -> None:
+        """Waits for the host's part, which on another rank than rank 0 may come later than there.
+
+        Raises:
+            What made the load fail.
+        """
+        self._launched.wait()
+        if self.error is not None:
+            raise self.error
+
+    def join(self, layer: int | None = None) -> None:
+        """Later launches of the current stream wait for the layer, or for all of it. The host's
+        part has ended."""
+        arrival = self._last if layer is None else self._layers.get(layer)
+        if arrival is not None:
+            arrival.wait()
+
+    def cancel(self) -> None:
+        """Ends it; returns when nothing more will be launched for it."""
+        self.cancelled = True
+        self._launched.wait()
+        if self._last is not None:
+            self._last.wait()
+
+    def advance(self, stager: Stager) -> bool:
+        """Moves one stage; whether that was the last. The loader's thread calls it."""
+        try:
+            if self._transfers is None:
+                self._started = time.perf_counter()
+                self.row, self._transfers = self._make()
+            transfer = None if self.cancelled else next(self._transfers, None)
+            if transfer is not None:
+                self._last = stager.move(transfer, self._fence)
+                if transfer.layer is not None:
+                    self._layers[transfer.layer] = self._last
+                self.left -= transfer.nbytes
+                return False
+        except BaseException as error:
+            self.error = error
+        self._transfers = None  # and with it the pack
+        self._launched.set()
+        return True
+
+
+class Loader:
+    """Runs loads. Its thread lives while there are any."""
+
+    def __init__(self, stager: Stager):
+        self.stager = stager
+        self._loads: list[Load] = []
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def start(self, load: Load) -> None:
+        with self._lock:
+            self._loads.append(load)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="adapter-loader", daemon=True
+                )
+                self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._loads:
+                    self._thread = None
+                    return
+                load = min(self._loads, key=lambda load: load.left)
+            if load.advance(self.stager):
+                with self._lock:
+                    self._loads.remove(load)
