@@ -30,7 +30,8 @@ from .sequence import Sequence
 from .step import Step
 
 _COMPILE_S = 10.0  # that a request's grammar may take, waiting for others' included
-_REST_S = 0.002  # of a step that has nothing to do until a grammar is compiled
+# Of a step that has nothing to do until a grammar is compiled or an adapter has come.
+_REST_S = 0.002
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ class Engine:
     def _advance(self) -> list[TokenOutput]:
         """Launches a step if there is one, and collects the one before it."""
         started = time.perf_counter()
+        self._residency.settle()
         self._residency.prefetch()
         outputs: list[TokenOutput] = []
         before, self._flight = self._flight, None
@@ -182,6 +184,8 @@ class Engine:
             self._report.steps += 1
         if flight is not None or before is not None:
             self._report.step_seconds += time.perf_counter() - started
+        elif not outputs:
+            self._residency.rest(_REST_S)
         return outputs
 
     def set_desired(self, adapters: list[AdapterRef]) -> None:
@@ -214,6 +218,7 @@ class Engine:
         if self.config.tp_size > 1:
             self._comm.broadcast_message(Step(stop=True).to_wire())
         self._fetcher.close()
+        self._residency.close()
         self._grammars.close()
         self._comm.close()
 

@@ -35,5 +35,5 @@ def test_what_would_be_misread_is_refused():
     pool = torch.zeros(4)
     with pytest.raises(ValueError, match=r"pieces must have shape \[any, 5\], got \[1, 4\]"):
         scatter_pieces_(pool, pool, torch.zeros(1, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match="staged must be torch.float32 or .*, got torch.uint8"):
+    with pytest.raises(ValueError, match=r"staged must be torch.float32 or .*, got torch.uint8"):
         scatter_pieces_(pool, pool.view(torch.uint8), torch.zeros(0, 5, dtype=torch.int64))

@@ -70,6 +70,11 @@ class PackFetcher:
         del self._futures[ref.key]
         return future.result()
 
+    def failed(self, ref: AdapterRef) -> bool:
+        """Whether `poll` would raise."""
+        future = self._futures.get(ref.key)
+        return future is not None and future.done() and future.exception() is not None
+
     @property
     def loading(self) -> list[str]:
         return [k for k, f in self._futures.items() if not f.done()]
