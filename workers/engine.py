@@ -58,7 +58,12 @@ class Engine:
         self._packs = packs
         self._fetcher = PackFetcher(packs, config.load_threads)
         self._kv = KVBlocks(self._runner.kv_blocks, config.block_size)
-        self._residency = Residency(self._runner.pool, self._fetcher, config.base_fingerprint)
+        self._residency = Residency(
+            self._runner.pool,
+            self._fetcher,
+            config.base_fingerprint,
+            config.model.num_layers,
+        )
         self._scheduler = Scheduler(
             self._kv,
             self._residency,
@@ -273,11 +278,13 @@ class Engine:
         return flight, refused
 
     def _execute(self, plan: Plan) -> Callable[[], StepResult]:
-        return launch(self._runner, plan)
+        # A step that waits for a load says nothing of how long its tokens take.
+        return launch(self._runner, plan, timed=plan.prefills and not self._residency.loads_run)
 
     def _collect(self, flight: _Flight) -> list[TokenOutput]:
         """Reads a launched step's result; what it says of sequences that have ended is dropped."""
         plan, result = flight.plan, flight.wait()
+        self._residency.pace.prefilled(plan.tokens, result.seconds)
         for w in plan.work:
             if not w.seq.removed:
                 self._count_tokens(w.seq, prompt=w.count if w.count > 1 or not w.seq.started else 0)

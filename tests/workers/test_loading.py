@@ -17,7 +17,7 @@ from loraplex.workers.config import ModelConfig
 from loraplex.workers.errors import PoolFull
 from loraplex.workers.pool import pool_pieces
 from loraplex.workers.pool.adapter_pool import AdapterPool
-from loraplex.workers.pool.loader import Load, Loader
+from loraplex.workers.pool.loader import Contents, Load, Loader
 from loraplex.workers.pool.pinned import PinnedMemory, as_tensor
 from loraplex.workers.pool.pool_pieces import Chunks, layer_pieces
 from loraplex.workers.pool.stager import CpuStager, Transfer
@@ -174,9 +174,7 @@ def test_a_rank_stages_little_more_than_it_needs(demo, tmp_path, monkeypatch):
         pieces = pool._layer_pieces(pack, layer, 4)
         staged = sum(stage.nbytes for stage in pieces.stages)
         assert pool._of(layer).elements.sum() * 4 <= staged <= most * (high - low)
-        assert (
-            sum(len(stage.copies) for stage in pieces.stages) <= 16 + 2 + 6
-        )  # chunks, A13 and B2, attention
+        assert sum(len(stage.copies) for stage in pieces.stages) <= 16 + 2 + 6
 
 
 def test_one_copy_and_one_scatter_a_layer(demo, tmp_path):
@@ -229,7 +227,9 @@ def load_of(name: int, stages: int) -> Load:
     memory = np.full(4, name, np.uint8)
     transfers = [Transfer(memory, ((0, 4, 0),), 4, torch.float32, pieces, False, n)
                  for n in range(stages)]  # fmt: skip
-    return Load(4 * stages, lambda: ({}, iter(transfers)), CpuStager(torch.zeros(1)).fence())
+    layers = [(n, 4) for n in range(stages)]
+    make = lambda: Contents({}, iter(transfers), False)  # noqa: E731
+    return Load(layers, make, CpuStager(torch.zeros(1)).fence())
 
 
 def test_a_small_load_doesnt_wait_behind_a_large_one():

@@ -24,12 +24,12 @@ from ...kernels import MAX_RANK
 from ..config import ModelConfig
 from ..errors import AdapterTooLarge, PoolFull, WorkerError
 from ..shard import Shard
-from .loader import Load, Loader
+from .loader import Contents, Load, Loader
 from .pinned import PinnedMemory
 from .pool_account import Layouts, PoolAccount, Run
 from .pool_blocks import LayerBlocks, PoolBlocks
 from .pool_pieces import Chunks, LayerPieces, layer_pieces
-from .slot_tables import Row, SlotTables
+from .slot_tables import SlotTables
 from .stager import Transfer, make_stager
 
 # Of layers of other shapes; one takes up to a few hundred KB.
@@ -171,10 +171,9 @@ class AdapterPool:
                 f"{self._account.free_bytes} are free"
             )
         load = Load(
-            sum(high - low for low, high in map(pack.layer_span, pack.layers)),
+            [(layer.index, _span_bytes(pack, layer)) for layer in pack.layers],
             lambda: self._contents(pack, layouts, runs),
             self._loader.stager.fence(),
-            self.pinned.holds(pack.memory),
         )
         self._loads[slot] = load
         self._loader.start(load)
@@ -222,10 +221,8 @@ class AdapterPool:
     def _of(self, layer: PackLayer) -> LayerBlocks:
         return self._blocks.blocks(layer, self._shard.ep_rank)
 
-    def _contents(
-        self, pack: Pack, layouts: Layouts, runs: Mapping[int, list[Run]]
-    ) -> tuple[Row, Iterator[Transfer]]:
-        """What the tables are to say of a pack, and what is to be moved."""
+    def _contents(self, pack: Pack, layouts: Layouts, runs: Mapping[int, list[Run]]) -> Contents:
+        """Called in the loader's thread."""
         mine = self._shard.ep_rank
         starts = np.array([first * self._account.page for first, _ in runs[mine]], np.int64)
         run, offset = layouts.of_rank[mine].places.T
@@ -234,7 +231,8 @@ class AdapterPool:
         for layer in pack.layers:
             end = at + self._of(layer).elements.size
             bases[layer.index], at = places[at:end], end
-        return self._tables.row(pack, bases), self._transfers(pack, bases)
+        pinned = self.pinned.holds_pack(pack)
+        return Contents(self._tables.row(pack, bases), self._transfers(pack, bases), pinned)
 
     def _transfers(self, pack: Pack, bases: Mapping[int, np.ndarray]) -> Iterator[Transfer]:
         dtype, aligned = _DTYPES[pack.dtype], self._blocks.align(self.buffer.itemsize) % 8 == 0
@@ -270,3 +268,8 @@ class AdapterPool:
                 self._pieces.clear()
             self._pieces[key] = pieces
         return pieces
+
+
+def _span_bytes(pack: Pack, layer: PackLayer) -> int:
+    low, high = pack.layer_span(layer)
+    return high - low

@@ -9,10 +9,28 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from .slot_tables import Row
-from .stager import Arrival, Stager, Transfer
+from .stager import Moment, Stager, Transfer
+
+_POLL_S = 0.0003  # a device says that it is done when it is asked
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Of a pack, for one rank.
+
+    Attributes:
+        row: what the tables are to say.
+        transfers: what is to be moved.
+        pinned: from memory that the device copies from directly.
+    """
+
+    row: Row
+    transfers: Iterator[Transfer]
+    pinned: bool
 
 
 class Load:
@@ -20,29 +38,30 @@ class Load:
 
     def __init__(
         self,
-        nbytes: int,
-        make: Callable[[], tuple[Row, Iterator[Transfer]]],
-        fence: Arrival,
-        pinned: bool = False,
+        layers: Sequence[tuple[int, int]],
+        make: Callable[[], Contents],
+        fence: Moment,
     ):
         """
         Args:
-            nbytes: to be copied, about.
-            make: called in the loader's thread: what the tables are to say, and what to move.
+            layers: index and bytes to be copied, about, of each layer, in order.
+            make: called in the loader's thread.
             fence: what was launched before the pages were given out.
-            pinned: the bytes are in memory that the device copies from directly.
         """
-        self.nbytes, self.left, self.pinned = nbytes, nbytes, pinned
+        self.layers = layers
+        self.nbytes = self.left = sum(nbytes for _, nbytes in layers)
         self.row: Row | None = None
+        self.pinned = False  # comes from memory that the device copies from directly
         self.error: BaseException | None = None
         self.cancelled = False
         self.seconds = 0.0  # from the first stage to the last one's arrival, once it is done
         self._make, self._fence = make, fence
         self._transfers: Iterator[Transfer] | None = None
-        self._layers: dict[int, Arrival] = {}
-        self._last: Arrival | None = None
+        self._layers: dict[int, Moment] = {}
+        self._last: Moment | None = None
         self._launched = threading.Event()
-        self._started = 0.0
+        self._began: Moment | None = None
+        self._began_at = 0.0
 
     @property
     def launched(self) -> bool:
@@ -54,12 +73,19 @@ class Load:
         """All is in its place, or the load has failed. Never blocks."""
         if not self.launched or not (self._last is None or self._last.query()):
             return False
-        if not self.seconds:
-            self.seconds = time.perf_counter() - self._started
+        if not self.seconds and self._last is not None and self._began is not None:
+            self.seconds = self._last.seconds_since(self._began)
         return True
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it began; 0: it hasn't."""
+        return time.perf_counter() - self._began_at if self._began_at else 0.0
+
     def rest(self, seconds: float) -> None:
-        """Waits until the host's part has ended, or for so long."""
+        """Waits until the host's part has ended, or for so long; then for a moment only."""
+        if self.launched:
+            time.sleep(min(seconds, _POLL_S))
         self._launched.wait(seconds)
 
     def wait(self) -> None:
@@ -98,8 +124,10 @@ class Load:
         """Moves one stage; whether that was the last. The loader's thread calls it."""
         try:
             if self._transfers is None:
-                self._started = time.perf_counter()
-                self.row, self._transfers = self._make()
+                self._began, self._began_at = stager.begin(), time.perf_counter()
+                contents = self._make()
+                self.row, self.pinned = contents.row, contents.pinned
+                self._transfers = contents.transfers
             transfer = None if self.cancelled else next(self._transfers, None)
             if transfer is not None:
                 self._last = stager.move(transfer, self._fence)

@@ -9,6 +9,8 @@ import threading
 import numpy as np
 import torch
 
+from ...adapter_store import Pack
+
 log = logging.getLogger(__name__)
 
 _PORTABLE, _READ_ONLY = 1, 8  # cudaHostRegisterPortable, cudaHostRegisterReadOnly
@@ -20,6 +22,7 @@ class PinnedMemory:
     def __init__(self, device: torch.device):
         self._device = device
         self._ranges: tuple[tuple[int, int], ...] = ()  # first address, end
+        self._tried: set[int] = set()  # by address: one warning each is enough
         self._lock = threading.Lock()
 
     def register(self, memory: np.ndarray) -> bool:
@@ -39,9 +42,14 @@ class PinnedMemory:
         with self._lock:
             if self.holds(memory):
                 return True
+            if memory.ctypes.data in self._tried:
+                return False
+            self._tried.add(memory.ctypes.data)
             flags = _PORTABLE if memory.flags.writeable else _PORTABLE | _READ_ONLY
             start = memory.ctypes.data
-            code = int(torch.cuda.cudart().cudaHostRegister(start, memory.nbytes, flags))
+            runtime = torch.cuda.cudart()
+            assert runtime is not None
+            code = int(runtime.cudaHostRegister(start, memory.nbytes, flags))
             if code:
                 self._forget_error()
                 log.warning(
@@ -53,6 +61,14 @@ class PinnedMemory:
                 return False
             self._ranges = (*self._ranges, (start, start + memory.nbytes))
             return True
+
+    def holds_pack(self, pack: Pack) -> bool:
+        """Whether the pack's bytes are pinned. The first of those in the node's host tier has
+        all of that pinned, unless it was at start: that takes a while."""
+        arena = getattr(pack, "arena", None)
+        if arena is not None and not self.holds(arena):
+            self.register(arena)
+        return self.holds(pack.memory)
 
     def holds(self, memory: np.ndarray) -> bool:
         """Whether all of `memory` is pinned."""

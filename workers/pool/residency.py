@@ -21,6 +21,7 @@ from ..request import AdapterRef
 from ..step import SlotChange
 from .adapter_pool import AdapterPool
 from .loader import Load
+from .pace import Pace
 from .packs import HANDOVER_S, PackFetcher, close_later
 from .packs_opened import OpenedPack, PackOpener
 
@@ -57,10 +58,12 @@ class Residency:
         pool: AdapterPool,
         fetcher: PackFetcher,
         base_fingerprint: str | None,
+        model_layers: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._pool, self._fetcher = pool, fetcher
         self._opener = PackOpener(self._examine)
+        self._model_layers, self.pace = model_layers, Pace()
         self._fingerprint, self._time = base_fingerprint, clock
         self._residents: dict[str, _Resident] = {}
         self._by_slot: dict[int, _Resident] = {}
@@ -79,8 +82,12 @@ class Residency:
         self.load_failures = 0
         self.evictions = 0
 
-    def acquire(self, ref: AdapterRef) -> tuple[int, str]:
+    def acquire(self, ref: AdapterRef, tokens: int = 0) -> tuple[int, str]:
         """Takes hold of the adapter for one sequence.
+
+        Args:
+            tokens: that the next step would compute: with many of them it may run while the last
+                layers still come.
 
         Returns:
             The slot, and the tier it came from: "gpu", "host", "disk" or "s3".
@@ -106,7 +113,9 @@ class Residency:
             raise Waiting(for_room=True)
         if not resident.shown:
             resident.fresh = True
-            raise Waiting(for_room=False)
+            if not self._may_start(resident, tokens):
+                raise Waiting(for_room=False)
+            self._show(resident)
         tier, resident.tier = resident.tier or "gpu", None
         resident.users += 1
         resident.last_used = self._clock
@@ -148,6 +157,8 @@ class Residency:
             if load.error is not None:
                 self._fail(resident, load.error)
                 continue
+            if load.pinned:
+                self.pace.loaded(load.nbytes, load.seconds)
             self.load_seconds += load.seconds
             self.load_bytes += resident.nbytes
             if not resident.shown and not resident.doomed:
@@ -183,14 +194,14 @@ class Residency:
     @property
     def prefetch_ready(self) -> bool:
         """Whether `settle` or `prefetch` could do something now, or soon."""
-        if any(r.load is not None for r in self._by_slot.values()):
+        if self.loads_run:
             return True
         return bool(self._desired.keys() - self._residents.keys() - self._blocked())
 
     def rest(self, seconds: float) -> None:
         """Waits for something that comes in the background, for at most so long."""
         load = next((r.load for r in self._by_slot.values() if r.load is not None), None)
-        if load is not None and not load.launched:
+        if load is not None:
             load.rest(seconds)
         elif self._opener.opening:
             self._opener.rest(seconds)
@@ -218,6 +229,10 @@ class Residency:
 
     def resident(self) -> dict[str, int]:
         return {k: r.nbytes for k, r in self._residents.items() if r.shown}
+
+    @property
+    def loads_run(self) -> bool:
+        return any(r.load is not None for r in self._by_slot.values())
 
     @property
     def loading(self) -> list[str]:
@@ -331,6 +346,17 @@ class Residency:
         last of all those that a request has waited for and will take hold of."""
         idle = [r for r in self._residents.values() if r.users == 0 and r.load is None]
         return sorted(idle, key=lambda r: (r.fresh, r.ref.key in self._desired, r.last_used))
+
+    def _may_start(self, resident: _Resident, tokens: int) -> bool:
+        """Whether a step may name it already and wait for each layer on the device.
+
+        Everything must have been launched, so that nothing can go wrong any more.
+        """
+        load = resident.load
+        alone = [r.load for r in self._by_slot.values() if r.load is not None] == [load]
+        if load is None or not (alone and load.pinned and load.launched and load.error is None):
+            return False
+        return self.pace.may_start(load.layers, tokens, self._model_layers, load.elapsed)
 
     def _show(self, resident: _Resident) -> None:
         self._pool.show(resident.slot)

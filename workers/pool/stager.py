@@ -6,9 +6,10 @@ the next is copied to the other. Nothing here waits for the compute stream, nor 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -46,8 +47,8 @@ class Transfer:
     layer: int | None
 
 
-class Arrival(Protocol):
-    """That something has come to its place in the pool."""
+class Moment(Protocol):
+    """When all that was launched before is done."""
 
     def query(self) -> bool: ...
     def synchronize(self) -> None:
@@ -58,15 +59,23 @@ class Arrival(Protocol):
         """Later launches of the current stream wait."""
         ...
 
+    def seconds_since(self, earlier: Any) -> float:
+        """Both have passed."""
+        ...
+
 
 class Stager(Protocol):
     room: int  # bytes of a stage
 
-    def fence(self) -> Arrival:
+    def fence(self) -> Moment:
         """What was launched on the current stream so far: see `move`."""
         ...
 
-    def move(self, transfer: Transfer, after: Arrival) -> Arrival:
+    def begin(self) -> Moment:
+        """What `move` has launched so far."""
+        ...
+
+    def move(self, transfer: Transfer, after: Moment) -> Moment:
         """Copies and scatters; returns at once where a device can. Pages are written only `after`
         what named them last."""
         ...
@@ -85,10 +94,13 @@ class CpuStager:
         self._pool = pool
         self._stage: torch.Tensor | None = None  # many pools of a test never load
 
-    def fence(self) -> Arrival:
-        return _NOW
+    def fence(self) -> Moment:
+        return _Passed()
 
-    def move(self, transfer: Transfer, after: Arrival) -> Arrival:
+    def begin(self) -> Moment:
+        return _Passed()
+
+    def move(self, transfer: Transfer, after: Moment) -> Moment:
         if self._stage is None:
             self._stage = torch.empty(self.room, dtype=torch.uint8)
         stage = self._stage.numpy()
@@ -96,14 +108,17 @@ class CpuStager:
             stage[at : at + stop - start] = transfer.memory[start:stop]
         staged = _elements(self._stage, transfer)
         scatter_pieces_(self._pool, staged, torch.from_numpy(transfer.pieces), transfer.flat)
-        return _NOW
+        return _Passed()
 
     def warm_up(self) -> None:
         pass
 
 
-class _Now:
+class _Passed:
     """On a CPU, what was launched is done."""
+
+    def __init__(self) -> None:
+        self._at = time.perf_counter()
 
     def query(self) -> bool:
         return True
@@ -114,8 +129,28 @@ class _Now:
     def wait(self) -> None:
         pass
 
+    def seconds_since(self, earlier: _Passed) -> float:
+        return self._at - earlier._at
 
-_NOW = _Now()
+
+class _Event:
+    """A CUDA event, recorded on the current stream."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True, blocking=True)
+        self._event.record()
+
+    def query(self) -> bool:
+        return self._event.query()
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
+
+    def wait(self) -> None:
+        self._event.wait()
+
+    def seconds_since(self, earlier: _Event) -> float:
+        return earlier._event.elapsed_time(self._event) / 1e3
 
 
 class GpuStager:
@@ -132,15 +167,18 @@ class GpuStager:
         self._bounce: list[torch.Tensor] = []  # pinned; made when memory comes that isn't
         self._copied = [torch.cuda.Event(blocking=True) for _ in range(2)]
         self._scattered = [torch.cuda.Event() for _ in range(2)]
-        self._ahead: deque[torch.cuda.Event] = deque()
+        self._ahead: deque[Moment] = deque()
         self._turn = 0
 
-    def fence(self) -> Arrival:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+    def fence(self) -> Moment:
+        with torch.cuda.device(self._device):
+            return _Event()
 
-    def move(self, transfer: Transfer, after: Arrival) -> Arrival:
+    def begin(self) -> Moment:
+        with torch.cuda.stream(self._copies):
+            return _Event()
+
+    def move(self, transfer: Transfer, after: Moment) -> Moment:
         if len(self._ahead) >= _MOST_AHEAD:
             self._ahead.popleft().synchronize()
         turn, self._turn = self._turn, 1 - self._turn
@@ -158,8 +196,7 @@ class GpuStager:
             scatter_pieces_(self._pool, _elements(buffer, transfer), pieces, transfer.flat)
             pieces.record_stream(self._scatters)
             scattered.record(self._scatters)
-            arrival = torch.cuda.Event(blocking=True)
-            arrival.record(self._scatters)
+            arrival = _Event()
         self._ahead.append(arrival)
         return arrival
 
