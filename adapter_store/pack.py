@@ -61,15 +61,22 @@ class Pack:
         self.chunks = self._geometry.chunks
         self.layers = tuple(_layer_from_json(entry) for entry in header["layers"])
         self._data_start = data_start
-        self._spans: dict[int, LayerSpans] = {}
+        self._spans: dict[int, LayerSpans] = {}  # of layers that were asked for
+        self._starts: dict[int, tuple[PackLayer, int]] = {}
+        self._stops: dict[int, int] = {}
         self._entries = {layer.index: layer.experts for layer in self.layers}
         at = 0
+        sizes: dict[Any, LayerSpans] = {}  # layers are alike, mostly: what one takes, all take
         for layer, entry in zip(self.layers, header["layers"], strict=True):
-            spans = lay_out(layer, self._geometry, at)
-            if [*spans.replicated, *spans.cut] != [*entry["replicated"], *entry["cut"]]:
+            shape = _shape(layer)
+            if shape not in sizes:
+                sizes[shape] = lay_out(layer, self._geometry, 0)
+            sections = [*sizes[shape].replicated, *sizes[shape].cut]
+            if [at + n for n in sections] != [*entry["replicated"], *entry["cut"]]:
                 raise PackCorrupt(f"{path}: the sections of layer {layer.index} don't add up")
-            at = spans.cut[1]
-            self._spans[layer.index] = spans
+            self._starts[layer.index] = layer, at
+            at += sections[-1]
+            self._stops[layer.index] = at
         if at != header["data_bytes"]:
             raise PackCorrupt(f"{path}: layers end at byte {at} of {header['data_bytes']}")
 
@@ -103,8 +110,10 @@ class Pack:
 
     def layer_span(self, layer: PackLayer | int) -> tuple[int, int]:
         """Start and stop of all of a layer's bytes in `memory`: section R, then section C."""
-        spans = self._layer(layer)
-        return self._data_start + spans.replicated[0], self._data_start + spans.cut[1]
+        index = _index(layer)
+        if index not in self._stops:
+            self._layer(layer)  # says what there is
+        return self._data_start + self._starts[index][1], self._data_start + self._stops[index]
 
     def spans(self, layer: PackLayer | int) -> LayerSpans:
         """Where the layer's tensors lie; its first byte is at `replicated[0]`."""
@@ -182,12 +191,15 @@ class Pack:
         return spans, experts
 
     def _layer(self, layer: PackLayer | int) -> LayerSpans:
-        try:
-            return self._spans[_index(layer)]
-        except KeyError:
+        index = _index(layer)
+        if index not in self._starts:
             raise PackLayoutError(
-                f"{self.path}: layer {_index(layer)} isn't adapted; adapted: {sorted(self._spans)}"
-            ) from None
+                f"{self.path}: layer {index} isn't adapted; adapted: {sorted(self._starts)}"
+            )
+        if index not in self._spans:
+            own, start = self._starts[index]
+            self._spans[index] = lay_out(own, self._geometry, start)
+        return self._spans[index]
 
     def _view(self, span: Span, shift: int = 0) -> np.ndarray:
         rows, columns = span.shape
@@ -215,6 +227,13 @@ class Pack:
         first = spans.chunk_start + tp_rank * mine * spans.chunk_bytes
         parts = [self._view(span, first + c * spans.chunk_bytes) for c in range(mine)]
         return np.concatenate(parts)
+
+
+def _shape(layer: PackLayer) -> Any:
+    """Equal of layers whose tensors have the same places."""
+    x = layer.experts
+    dense = tuple((name, e.rank, e.cut, e.out, e.in_) for name, e in layer.dense.items())
+    return dense, x and (x.rank, x.fused_gate_up, x.shared_a13, x.shared_b2)
 
 
 def _index(layer: PackLayer | int) -> int:

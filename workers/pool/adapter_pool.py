@@ -188,7 +188,7 @@ class AdapterPool:
             What made the load fail.
         """
         load = self._loads.pop(slot)
-        load.join_host()
+        load.join_row()
         assert load.row is not None
         self._tables.write(slot, load.row)
         self._arriving[slot] = load
@@ -231,6 +231,8 @@ class AdapterPool:
         for layer in pack.layers:
             end = at + self._of(layer).elements.size
             bases[layer.index], at = places[at:end], end
+        for layer in pack.layers:  # what can be wrong with a pack is found before a byte is moved
+            self._layer_pieces(pack, layer, _DTYPES[pack.dtype].itemsize)
         pinned = self.pinned.holds_pack(pack)
         return Contents(self._tables.row(pack, bases), self._transfers(pack, bases), pinned)
 

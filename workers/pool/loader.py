@@ -48,7 +48,7 @@ class Load:
             make: called in the loader's thread.
             fence: what was launched before the pages were given out.
         """
-        self.layers = layers
+        self.layers, self._coming = layers, {index for index, _ in layers}
         self.nbytes = self.left = sum(nbytes for _, nbytes in layers)
         self.row: Row | None = None
         self.pinned = False  # comes from memory that the device copies from directly
@@ -59,14 +59,20 @@ class Load:
         self._transfers: Iterator[Transfer] | None = None
         self._layers: dict[int, Moment] = {}
         self._last: Moment | None = None
-        self._launched = threading.Event()
+        self._progress = threading.Condition()
+        self._ended = False
         self._began: Moment | None = None
         self._began_at = 0.0
 
     @property
     def launched(self) -> bool:
         """The host's part has ended: all is on its way, or the load has failed."""
-        return self._launched.is_set()
+        return self._ended
+
+    @property
+    def underway(self) -> bool:
+        """Its first layer is on its way, and nothing has failed."""
+        return bool(self._layers) and self.error is None
 
     @property
     def done(self) -> bool:
@@ -83,40 +89,58 @@ class Load:
         return time.perf_counter() - self._began_at if self._began_at else 0.0
 
     def rest(self, seconds: float) -> None:
-        """Waits until the host's part has ended, or for so long; then for a moment only."""
-        if self.launched:
-            time.sleep(min(seconds, _POLL_S))
-        self._launched.wait(seconds)
+        """Waits until there is more on its way, or for so long; for a moment only when all is."""
+        with self._progress:
+            self._progress.wait(min(seconds, _POLL_S) if self._ended else seconds)
 
     def wait(self) -> None:
         """Waits until it is done. Raises what made it fail."""
-        self._launched.wait()
+        self.join_host()
         if self._last is not None:
             self._last.synchronize()
-        if self.error is not None:
-            raise self.error
 
-    def join_host(self) -> None:
-        """Waits for the host's part, which on another rank than rank 0 may come later than there.
+    def join_row(self) -> None:
+        """Waits until `row` is known.
 
         Raises:
             What made the load fail.
         """
-        self._launched.wait()
+        with self._progress:
+            self._progress.wait_for(lambda: self._ended or self.row is not None)
+        if self.error is not None:
+            raise self.error
+
+    def join_host(self, layer: int | None = None) -> None:
+        """Waits for the host's part of a layer, or of all. On rank 0 it is hardly ever waited for;
+        other ranks may be slower than that.
+
+        Raises:
+            What made the load fail.
+        """
+        if not (self._ended or layer in self._layers):
+            with self._progress:
+                self._progress.wait_for(lambda: self._ended or layer in self._layers)
         if self.error is not None:
             raise self.error
 
     def join(self, layer: int | None = None) -> None:
-        """Later launches of the current stream wait for the layer, or for all of it. The host's
-        part has ended."""
-        arrival = self._last if layer is None else self._layers.get(layer)
-        if arrival is not None:
-            arrival.wait()
+        """Later launches of the current stream wait for the layer, or for all of it.
+
+        Raises:
+            What made the load fail.
+        """
+        if layer is not None and layer not in self._coming:
+            return
+        self.join_host(layer)
+        moment = self._last if layer is None else self._layers.get(layer)
+        if moment is not None:
+            moment.wait()
 
     def cancel(self) -> None:
         """Ends it; returns when nothing more will be launched for it."""
         self.cancelled = True
-        self._launched.wait()
+        with self._progress:
+            self._progress.wait_for(lambda: self._ended)
         if self._last is not None:
             self._last.wait()
 
@@ -126,19 +150,25 @@ class Load:
             if self._transfers is None:
                 self._began, self._began_at = stager.begin(), time.perf_counter()
                 contents = self._make()
-                self.row, self.pinned = contents.row, contents.pinned
-                self._transfers = contents.transfers
+                self.pinned, self._transfers = contents.pinned, contents.transfers
+                with self._progress:
+                    self.row = contents.row
+                    self._progress.notify_all()
             transfer = None if self.cancelled else next(self._transfers, None)
             if transfer is not None:
                 self._last = stager.move(transfer, self._fence)
                 if transfer.layer is not None:
-                    self._layers[transfer.layer] = self._last
+                    with self._progress:
+                        self._layers[transfer.layer] = self._last
+                        self._progress.notify_all()
                 self.left -= transfer.nbytes
                 return False
         except BaseException as error:
             self.error = error
         self._transfers = None  # and with it the pack
-        self._launched.set()
+        with self._progress:
+            self._ended = True
+            self._progress.notify_all()
         return True
 
 

@@ -205,6 +205,8 @@ class Residency:
             load.rest(seconds)
         elif self._opener.opening:
             self._opener.rest(seconds)
+        elif self._fetcher.loading:
+            self._fetcher.rest(seconds)
 
     def purge(self, key: str) -> None:
         """Forgets an adapter; one in use goes with its last sequence."""
@@ -350,11 +352,12 @@ class Residency:
     def _may_start(self, resident: _Resident, tokens: int) -> bool:
         """Whether a step may name it already and wait for each layer on the device.
 
-        Everything must have been launched, so that nothing can go wrong any more.
+        The first layer must have been launched: from there on, from memory that is pinned, nothing
+        goes wrong that a device survives.
         """
         load = resident.load
         alone = [r.load for r in self._by_slot.values() if r.load is not None] == [load]
-        if load is None or not (alone and load.pinned and load.launched and load.error is None):
+        if load is None or not (alone and load.pinned and load.underway):
             return False
         return self.pace.may_start(load.layers, tokens, self._model_layers, load.elapsed)
 
