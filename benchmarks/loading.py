@@ -1,4 +1,4 @@
-"""Adapters from host memory to the pool: speed, a first prompt on one, and other requests meanwhile.
+"""Adapters from host memory to the pool: speed, a first prompt, and other requests meanwhile.
 
     python benchmarks/loading.py --out loading.json
     python benchmarks/loading.py --tiny           # a CPU: checks this program, measures nothing

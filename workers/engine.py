@@ -7,6 +7,7 @@ what turns out to have ended has one token computed in vain, which nobody sees.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -32,6 +33,9 @@ from .step import Step
 _COMPILE_S = 10.0  # that a request's grammar may take, waiting for others' included
 # Of a step that has nothing to do until a grammar is compiled or an adapter has come.
 _REST_S = 0.002
+# Python's threads take turns: opening and planning packs beside the steps mustn't hold one up for
+# Python's usual 5 ms, which is as long as a step.
+_SWITCH_S = 0.0005
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Engine:
             packs: where the packs of adapters come from.
             comm: rank 0's; made from the config when None.
         """
+        sys.setswitchinterval(_SWITCH_S)
         self._comm = comm or Comm(0, config.tp_size, config.rendezvous, config.device)
         self._runner = ModelRunner(config, self._comm)
         self.config = config = self._runner.config  # with the sizes that were derived

@@ -52,7 +52,7 @@ def random_adapter(rng: random.Random) -> dict[str, Any]:
         options |= {"shared_a13": True, "shared_b2": rng.random() < 0.5}
     else:
         options["experts"] = ()
-        dense.setdefault("k_proj", 4)
+        dense["k_proj"] = 4
     return options
 
 
@@ -171,7 +171,7 @@ def test_a_rank_stages_little_more_than_it_needs(demo, tmp_path, monkeypatch):
         pool = pool_of(model, Shard(model, *layout))
         layer = pack.layers[0]
         low, high = pack.layer_span(layer)
-        pieces = pool._layer_pieces(pack, layer, 4)
+        pieces = pool._layer_pieces(pack, layer, pool._of(layer))
         staged = sum(stage.nbytes for stage in pieces.stages)
         assert pool._of(layer).elements.sum() * 4 <= staged <= most * (high - low)
         assert sum(len(stage.copies) for stage in pieces.stages) <= 16 + 2 + 6
@@ -182,7 +182,7 @@ def test_one_copy_and_one_scatter_a_layer(demo, tmp_path):
     pack, model = Pack.open(tmp_path / "pack"), model_like(demo)
     pool = pool_of(model, Shard(model))
     for layer in pack.layers:
-        pieces = pool._layer_pieces(pack, layer, 4)
+        pieces = pool._layer_pieces(pack, layer, pool._of(layer))
         assert [len(stage.copies) for stage in pieces.stages] == [1]
 
 
@@ -204,7 +204,7 @@ def test_a_cut_that_chunks_dont_allow_says_so():
 
 def test_nothing_of_an_empty_layer():
     spans = SimpleNamespace(replicated=(0, 0))
-    blocks = SimpleNamespace(groups=())
+    blocks: Any = SimpleNamespace(groups=())
     pieces = layer_pieces(blocks, spans, 2, Chunks(0, 1, 1), 64)  # type: ignore[arg-type]
     assert pieces.stages == ()
 

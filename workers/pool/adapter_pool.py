@@ -14,7 +14,7 @@ it comes to that is behind the fence that the next load of the pages waits for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ class AdapterPool:
         self._loads: dict[int, Load] = {}  # of slots that aren't shown
         self._arriving: dict[int, Load] = {}  # of slots that are shown and may not be here
         # By itemsize and shape of a layer.
-        self._pieces: dict[tuple[int, object], LayerPieces] = {}
+        self._pieces: dict[tuple[int, LayerBlocks], LayerPieces] = {}
 
     @property
     def total_bytes(self) -> int:
@@ -227,21 +227,25 @@ class AdapterPool:
         starts = np.array([first * self._account.page for first, _ in runs[mine]], np.int64)
         run, offset = layouts.of_rank[mine].places.T
         places = starts[run] + offset if run.size else offset
-        bases, at = {}, 0
+        layers, at = [], 0
         for layer in pack.layers:
-            end = at + self._of(layer).elements.size
-            bases[layer.index], at = places[at:end], end
-        for layer in pack.layers:  # what can be wrong with a pack is found before a byte is moved
-            self._layer_pieces(pack, layer, _DTYPES[pack.dtype].itemsize)
+            blocks = self._of(layer)
+            end = at + blocks.elements.size
+            layers.append((layer, blocks, places[at:end]))
+            at = end
+            # What can be wrong with a pack is found before a byte is moved.
+            self._layer_pieces(pack, layer, blocks)
         pinned = self.pinned.holds_pack(pack)
-        return Contents(self._tables.row(pack, bases), self._transfers(pack, bases), pinned)
+        return Contents(self._tables.row(layers), self._transfers(pack, layers), pinned)
 
-    def _transfers(self, pack: Pack, bases: Mapping[int, np.ndarray]) -> Iterator[Transfer]:
+    def _transfers(
+        self, pack: Pack, layers: Sequence[tuple[PackLayer, LayerBlocks, np.ndarray]]
+    ) -> Iterator[Transfer]:
         dtype, aligned = _DTYPES[pack.dtype], self._blocks.align(self.buffer.itemsize) % 8 == 0
-        for layer in pack.layers:
-            pieces = self._layer_pieces(pack, layer, dtype.itemsize)
+        for layer, blocks, places in layers:
+            pieces = self._layer_pieces(pack, layer, blocks)
             table = pieces.table.copy()
-            table[:, 1] += bases[layer.index][pieces.block]
+            table[:, 1] += places[pieces.block]
             low, high = pack.layer_span(layer)
             for stage in pieces.stages:
                 yield Transfer(
@@ -254,8 +258,9 @@ class AdapterPool:
                     layer.index if stage is pieces.stages[-1] else None,
                 )
 
-    def _layer_pieces(self, pack: Pack, layer: PackLayer, itemsize: int) -> LayerPieces:
-        key = itemsize, self._blocks.shape(layer)
+    def _layer_pieces(self, pack: Pack, layer: PackLayer, blocks: LayerBlocks) -> LayerPieces:
+        itemsize = _DTYPES[pack.dtype].itemsize
+        key = itemsize, blocks
         pieces = self._pieces.get(key)
         if pieces is None:
             shard = self._shard
@@ -263,9 +268,8 @@ class AdapterPool:
                 shard.model.moe_intermediate_size, pack.chunks, shard.expert_tp_rank,
                 shard.expert_tp,
             )  # fmt: skip
-            pieces = layer_pieces(
-                self._of(layer), pack.spans(layer), itemsize, chunks, self._loader.stager.room
-            )
+            room = self._loader.stager.room
+            pieces = layer_pieces(blocks, pack.spans(layer), itemsize, chunks, room)
             if len(self._pieces) >= _MOST_PIECES:
                 self._pieces.clear()
             self._pieces[key] = pieces

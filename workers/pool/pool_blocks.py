@@ -65,19 +65,20 @@ class BlockGroup:
     parts: tuple[Part, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerBlocks:
     """What a rank holds of a layer. Layers of one shape have one of these.
 
     Attributes:
         held: positions in the pack of the experts that the rank holds. local: their numbers on
-            the rank. Both int64 [n].
+            the rank. Both int64 [n]. ranks: int32 [n, 3], as the pool stores them.
         max_rank: the largest of the layer, on all ranks.
     """
 
     groups: tuple[BlockGroup, ...]
     held: np.ndarray
     local: np.ndarray
+    ranks: np.ndarray
     max_rank: int
 
     @cached_property
@@ -143,14 +144,17 @@ class PoolBlocks:
                     groups += self._dense(name, group, p, entry)
         ranks = [entry.rank for entry in layer.dense.values()]
         held = local = np.zeros(0, np.int64)
+        stored = np.zeros((0, 3), np.int32)
         if (experts := layer.experts) is not None:
             mine = self._shard.experts_of(ep_rank)
             ids = np.array(experts.ids, np.int64)
             held = np.flatnonzero((ids >= mine.start) & (ids < mine.stop))
             local = ids[held] - mine.start
+            stored = self.stored(np.array(experts.rank, np.int32).reshape(-1, 3)[held])
             groups += self._experts(experts, held, local)
             ranks += [max(map(max, experts.rank), default=0)]
-        return LayerBlocks(tuple(g for g in groups if g.entries.size), held, local, max(ranks))
+        groups = [g for g in groups if g.entries.size]
+        return LayerBlocks(tuple(groups), held, local, stored, max(ranks, default=0))
 
     def _dense(
         self, name: str, group: DenseGroup, p: int, entry: DenseEntry

@@ -29,25 +29,28 @@ class BlockLayout:
         """Places int64 [n, 2]: the run of each block and the offset in it."""
         sizes = np.asarray(sizes, np.int64)
         self.runs: list[int] = []  # pages of each run
-        self.places = np.zeros((sizes.size, 2), np.int64)
         room: dict[int, int] = {}  # at the end of each run that still takes blocks
+        rows: list[tuple[int, int, int, int]] = []  # equal ones side by side: run, offset, size, n
         changes = np.flatnonzero(np.diff(sizes)) + 1
         for first, end in pairwise([0, *changes.tolist(), sizes.size] if sizes.size else []):
-            size = int(sizes[first])
-            while first < end:  # equal ones lie side by side
-                run = next((run for run, left in room.items() if left >= size), None)
+            size, left = int(sizes[first]), end - first
+            while left:
+                run = next((run for run, free in room.items() if free >= size), None)
                 if run is None:
                     run, pages = len(self.runs), max(1, -(-size // page))
                     self.runs.append(pages)
                     room[run] = pages * page
                     if len(room) > _OPEN_RUNS:
                         del room[min(room, key=room.__getitem__)]
-                n = min(end - first, room[run] // size) if size else end - first
-                offset = self.runs[run] * page - room[run]
-                self.places[first : first + n, 0] = run
-                self.places[first : first + n, 1] = offset + size * np.arange(n)
+                n = min(left, room[run] // size) if size else left
+                rows.append((run, self.runs[run] * page - room[run], size, n))
                 room[run] -= n * size
-                first += n
+                left -= n
+        run, offset, size, n = np.array(rows, np.int64).reshape(-1, 4).T
+        nth = np.arange(sizes.size) - np.repeat(np.cumsum(n) - n, n)
+        self.places = np.stack(
+            [np.repeat(run, n), np.repeat(offset, n) + nth * np.repeat(size, n)], 1
+        )
 
     @property
     def pages(self) -> int:

@@ -212,6 +212,7 @@ class Residency:
         """Forgets an adapter; one in use goes with its last sequence."""
         self._desired.pop(key, None)
         self._wanted.pop(key, None)
+        self._failed.pop(key, None)
         self._opener.forget(key)
         resident = self._residents.get(key)
         if resident is not None:

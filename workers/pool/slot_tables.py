@@ -6,13 +6,13 @@ at its place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from ...adapter_store import Pack, PackLayer
+from ...adapter_store import PackLayer
 from ...kernels import (
     FUSED_GATE_UP,
     SHARED_A13,
@@ -129,22 +129,21 @@ class SlotTables:
                 }
             )
 
-    def row(self, pack: Pack, bases: dict[int, np.ndarray]) -> Row:
-        """What the tables are to say of a pack.
+    def row(self, layers: Iterable[tuple[PackLayer, LayerBlocks, np.ndarray]]) -> Row:
+        """What the tables are to say of an adapter.
 
         Args:
-            bases: int64, by adapted layer: where each block of its `LayerBlocks` lies.
+            layers: the adapted ones, their blocks, and int64 where each block lies.
         """
         row = {
             dtype: np.full(flat.width, _ABSENT[dtype], _NUMPY[dtype])
             for dtype, flat in self._flat.items()
         }
-        for layer in pack.layers:
-            blocks = self._blocks.blocks(layer, self._shard.ep_rank)
+        for layer, blocks, bases in layers:
             at = 0
             for group in blocks.groups:
                 here = self._part(row, torch.int64, (layer.index, group.group, group.factor))
-                here[group.entries] = bases[layer.index][at : at + group.entries.size]
+                here[group.entries] = bases[at : at + group.entries.size]
                 at += group.entries.size
             self._set_dense(row, layer)
             self._set_experts(row, layer, blocks)
@@ -188,7 +187,7 @@ class SlotTables:
             return
         n = layer.index
         ranks = self._part(row, torch.int32, (n, EXPERTS, "rank")).reshape(-1, 3)
-        ranks[local] = self._blocks.stored(np.array(experts.rank, np.int32)[held])
+        ranks[local] = blocks.ranks
         scales = self._part(row, torch.float32, (n, EXPERTS, "scale")).reshape(-1, 3)
         scales[local] = np.array(experts.scale, np.float32)[held]
         bits = FUSED_GATE_UP * experts.fused_gate_up
