@@ -228,7 +228,7 @@ def load_of(name: int, stages: int) -> Load:
     transfers = [Transfer(memory, ((0, 4, 0),), 4, torch.float32, pieces, False, n)
                  for n in range(stages)]  # fmt: skip
     layers = [(n, 4) for n in range(stages)]
-    make = lambda: Contents({}, iter(transfers), False)  # noqa: E731
+    make = lambda: Contents(dict, iter(transfers), False)  # noqa: E731
     return Load(layers, make, CpuStager(torch.zeros(1)).fence())
 
 

@@ -236,7 +236,7 @@ class AdapterPool:
             # What can be wrong with a pack is found before a byte is moved.
             self._layer_pieces(pack, layer, blocks)
         pinned = self.pinned.holds_pack(pack)
-        return Contents(self._tables.row(layers), self._transfers(pack, layers), pinned)
+        return Contents(lambda: self._tables.row(layers), self._transfers(pack, layers), pinned)
 
     def _transfers(
         self, pack: Pack, layers: Sequence[tuple[PackLayer, LayerBlocks, np.ndarray]]

@@ -23,12 +23,12 @@ class Contents:
     """Of a pack, for one rank.
 
     Attributes:
-        row: what the tables are to say.
+        row: makes what the tables are to say.
         transfers: what is to be moved.
         pinned: from memory that the device copies from directly.
     """
 
-    row: Row
+    row: Callable[[], Row]
     transfers: Iterator[Transfer]
     pinned: bool
 
@@ -56,6 +56,7 @@ class Load:
         self.cancelled = False
         self.seconds = 0.0  # from the first stage to the last one's arrival, once it is done
         self._make, self._fence = make, fence
+        self._contents: Contents | None = None
         self._transfers: Iterator[Transfer] | None = None
         self._layers: dict[int, Moment] = {}
         self._last: Moment | None = None
@@ -144,28 +145,32 @@ class Load:
         if self._last is not None:
             self._last.wait()
 
+    def _note_row(self) -> None:
+        """Once, while the first bytes are on their way."""
+        if self.row is None and self._contents is not None and not self.cancelled:
+            self.row = self._contents.row()
+
     def advance(self, stager: Stager) -> bool:
         """Moves one stage; whether that was the last. The loader's thread calls it."""
         try:
-            if self._transfers is None:
+            if self._contents is None or self._transfers is None:
                 self._began, self._began_at = stager.begin(), time.perf_counter()
-                contents = self._make()
-                self.pinned, self._transfers = contents.pinned, contents.transfers
-                with self._progress:
-                    self.row = contents.row
-                    self._progress.notify_all()
+                self._contents = self._make()
+                self.pinned, self._transfers = self._contents.pinned, self._contents.transfers
             transfer = None if self.cancelled else next(self._transfers, None)
             if transfer is not None:
-                self._last = stager.move(transfer, self._fence)
-                if transfer.layer is not None:
-                    with self._progress:
-                        self._layers[transfer.layer] = self._last
-                        self._progress.notify_all()
+                self._last = moment = stager.move(transfer, self._fence)
                 self.left -= transfer.nbytes
+                self._note_row()
+                with self._progress:
+                    if transfer.layer is not None:
+                        self._layers[transfer.layer] = moment
+                    self._progress.notify_all()
                 return False
+            self._note_row()
         except BaseException as error:
             self.error = error
-        self._transfers = None  # and with it the pack
+        self._transfers = self._contents = None  # and with them the pack
         with self._progress:
             self._ended = True
             self._progress.notify_all()
