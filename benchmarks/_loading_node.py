@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -76,13 +77,16 @@ class HostPacks:
     def pin(self, engine: Engine) -> bool:
         return engine._runner.pool.pinned.register(self.pack.memory)
 
-    def ensure(self, tenant_id: str, digest: str) -> tuple[Path, str]:
+    def ensure(self, tenant_id: str, digest: str, wanted: Any = None) -> tuple[Path, str]:
         path = self._path.with_name(digest)
         if not path.exists():
             path.symlink_to(self._path)
         return path, "host"
 
     def resident(self) -> dict[str, int]:
+        return {}
+
+    def host_resident(self) -> dict[str, int]:
         return {}
 
     def remove(self, key: str) -> None:

@@ -117,7 +117,7 @@ def measure_prefill(bench: LoadingEngine, load_ms: float) -> dict[str, Any]:
     resident = statistics.median(seconds(False) for _ in range(_ROUNDS))
     coming = statistics.median(seconds(True) for _ in range(_ROUNDS))
     floor = max(load_ms / 1e3, resident)
-    pace = bench.engine._residency.pace
+    speeds = bench.engine._residency.speeds
     figures = {
         "tokens": tokens,
         "resident_ms": resident * 1e3,
@@ -125,8 +125,8 @@ def measure_prefill(bench: LoadingEngine, load_ms: float) -> dict[str, Any]:
         "from_host_ms": coming * 1e3,
         "ratio": coming / floor,
         "one_after_the_other_ms": resident * 1e3 + load_ms,
-        "measured_copy_gb_s": pace.copy_bytes_s / 1e9,
-        "measured_prefill_tokens_s": 1 / pace.prefill_token_s if pace.prefill_token_s else None,
+        "measured_copy_gb_s": speeds.copy_bytes_s / 1e9,
+        "measured_prefill_tokens_s": 1 / speeds.prefill_token_s if speeds.prefill_token_s else None,
     }
     print(
         f"prefill of {tokens}: resident {resident * 1e3:.2f} ms, load {load_ms:.2f} ms, from host "

@@ -289,7 +289,7 @@ class Engine:
     def _collect(self, flight: _Flight) -> list[TokenOutput]:
         """Reads a launched step's result; what it says of sequences that have ended is dropped."""
         plan, result = flight.plan, flight.wait()
-        self._residency.pace.prefilled(plan.tokens, result.seconds)
+        self._residency.speeds.prefilled(plan.tokens, result.seconds)
         for w in plan.work:
             if not w.seq.removed:
                 self._count_tokens(w.seq, prompt=w.count if w.count > 1 or not w.seq.started else 0)

@@ -263,8 +263,8 @@ def test_a_prompt_runs_while_the_last_layers_come(demo, make_engine, run, greedy
     pool = engine._runner.pool
     pool.buffer.fill_(torch.nan)
     late = pool._loader.stager = LateStager(pool.buffer)
-    engine._residency.pace.copy_bytes_s = 1e12
-    engine._residency.pace.prefill_token_s = 1.0
+    engine._residency.speeds.copy_bytes_s = 1e12
+    engine._residency.speeds.prefill_token_s = 1.0
     waited: list[int] = []
     await_layer = pool.await_layer
 

@@ -20,8 +20,8 @@ from ..errors import PoolFull, WorkerError
 from ..request import AdapterRef
 from ..step import SlotChange
 from .adapter_pool import AdapterPool
+from .early_start import Speeds
 from .loader import Load
-from .pace import Pace
 from .packs import HANDOVER_S, PackFetcher, close_later
 from .packs_opened import OpenedPack, PackOpener
 
@@ -63,7 +63,7 @@ class Residency:
     ):
         self._pool, self._fetcher = pool, fetcher
         self._opener = PackOpener(self._examine)
-        self._model_layers, self.pace = model_layers, Pace()
+        self._model_layers, self.speeds = model_layers, Speeds()
         self._fingerprint, self._time = base_fingerprint, clock
         self._residents: dict[str, _Resident] = {}
         self._by_slot: dict[int, _Resident] = {}
@@ -158,7 +158,7 @@ class Residency:
                 self._fail(resident, load.error)
                 continue
             if load.pinned:
-                self.pace.loaded(load.nbytes, load.seconds)
+                self.speeds.loaded(load.nbytes, load.seconds)
             self.load_seconds += load.seconds
             self.load_bytes += resident.nbytes
             if not resident.shown and not resident.doomed:
@@ -360,7 +360,7 @@ class Residency:
         alone = [r.load for r in self._by_slot.values() if r.load is not None] == [load]
         if load is None or not (alone and load.pinned and load.underway):
             return False
-        return self.pace.may_start(load.layers, tokens, self._model_layers, load.elapsed)
+        return self.speeds.may_start(load.layers, tokens, self._model_layers, load.elapsed)
 
     def _show(self, resident: _Resident) -> None:
         self._pool.show(resident.slot)

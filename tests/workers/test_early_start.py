@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex.workers.pool.pace import Pace, stays_ahead
+from loraplex.workers.pool.early_start import Speeds, stays_ahead
 
 LAYERS = [(n, 35_000_000) for n in range(12)]  # 0.7 ms each at 50 GB/s
 
@@ -48,15 +48,15 @@ def test_as_playing_it_through_says(steps, bytes_s, layer_s, elapsed):
 
 
 def test_nothing_starts_early_before_both_speeds_are_known():
-    pace = Pace()
-    pace.loaded(420_000_000, 0.0084)
-    assert not pace.may_start(LAYERS, 2048, 12, 0.0)
-    pace.prefilled(8, 1e-3)  # too short to say anything
-    assert not pace.may_start(LAYERS, 2048, 12, 0.0)
-    pace.prefilled(2048, 16e-3)
-    assert pace.may_start(LAYERS, 2048, 12, 0.0)
-    assert not pace.may_start(LAYERS, 128, 12, 0.0)
-    assert not pace.may_start([], 2048, 12, 0.0)
+    speeds = Speeds()
+    speeds.loaded(420_000_000, 0.0084)
+    assert not speeds.may_start(LAYERS, 2048, 12, 0.0)
+    speeds.prefilled(8, 1e-3)  # too short to say anything
+    assert not speeds.may_start(LAYERS, 2048, 12, 0.0)
+    speeds.prefilled(2048, 16e-3)
+    assert speeds.may_start(LAYERS, 2048, 12, 0.0)
+    assert not speeds.may_start(LAYERS, 128, 12, 0.0)
+    assert not speeds.may_start([], 2048, 12, 0.0)
     for _ in range(20):
-        pace.loaded(420_000_000, 0.1)  # the copies have become slow
-    assert not pace.may_start(LAYERS, 2048, 12, 0.0)
+        speeds.loaded(420_000_000, 0.1)  # the copies have become slow
+    assert not speeds.may_start(LAYERS, 2048, 12, 0.0)

@@ -36,7 +36,7 @@ def stays_ahead(
 
 
 @dataclass
-class Pace:
+class Speeds:
     """Running means of what was measured; 0: nothing was."""
 
     copy_bytes_s: float = 0.0  # of loads from pinned memory
