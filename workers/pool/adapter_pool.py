@@ -191,7 +191,8 @@ class AdapterPool:
         load.join_row()
         assert load.row is not None
         self._tables.write(slot, load.row)
-        self._arriving[slot] = load
+        if not load.done:
+            self._arriving[slot] = load
 
     def await_layer(self, layer: int | None = None) -> None:
         """Later launches of the current stream wait for what isn't here of the layer, or of all

@@ -55,6 +55,8 @@ class Load:
         self.error: BaseException | None = None
         self.cancelled = False
         self.seconds = 0.0  # from the first stage to the last one's arrival, once it is done
+        # `make` holds the pack, whose memory must stay until the last copy has read it: who has a
+        # load keeps it until it is done.
         self._make, self._fence = make, fence
         self._contents: Contents | None = None
         self._transfers: Iterator[Transfer] | None = None
@@ -138,12 +140,12 @@ class Load:
             moment.wait()
 
     def cancel(self) -> None:
-        """Ends it; returns when nothing more will be launched for it."""
+        """Ends it; returns when nothing more is read of the pack or written to the pages."""
         self.cancelled = True
         with self._progress:
             self._progress.wait_for(lambda: self._ended)
         if self._last is not None:
-            self._last.wait()
+            self._last.synchronize()
 
     def _note_row(self) -> None:
         """Once, while the first bytes are on their way."""
@@ -170,7 +172,7 @@ class Load:
             self._note_row()
         except BaseException as error:
             self.error = error
-        self._transfers = self._contents = None  # and with them the pack
+        self._transfers = self._contents = None
         with self._progress:
             self._ended = True
             self._progress.notify_all()
