@@ -25,7 +25,7 @@ from .errors import (
 from .make_pack import PackInfo, make_pack
 from .names import check_name, split_version
 from .pack import Pack
-from .pack_layout import PACK_VERSION, DenseEntry, ExpertEntry, PackLayer
+from .pack_layout import PACK_VERSION, DenseEntry, ExpertEntry, LayerSpans, PackLayer, Span
 from .pack_writer import write_pack
 from .peft_format import AdapterFormat, LoadedAdapter, load_adapter
 from .quoting import show
@@ -46,6 +46,7 @@ __all__ = [
     "ExpertEntry",
     "ExpertFactors",
     "InvalidName",
+    "LayerSpans",
     "LoadedAdapter",
     "LoraFactors",
     "Pack",
@@ -54,6 +55,7 @@ __all__ = [
     "PackLayer",
     "PackLayoutError",
     "PackVersionError",
+    "Span",
     "adapter_digest",
     "canonical_adapter",
     "canonical_layer",

@@ -42,11 +42,15 @@ class Pack:
         dtype: of every factor. hidden: H. intermediate: I. chunks: parts that I is stored in,
             the largest tensor-parallel size that it can be cut for.
         layers: the adapted layers, ascending by index.
+        memory: the whole pack as it is stored, [nbytes] uint8: one range of addresses, for who
+            copies layers at a time. Read-only; keep the Pack, `memory` or a view of it until a
+            copy has ended.
     """
 
-    def __init__(self, path: Path, data: mmap.mmap, header: dict[str, Any], data_start: int):
+    def __init__(self, path: Path, memory: np.ndarray, header: dict[str, Any], data_start: int):
         self.path = path
-        self.nbytes = len(data)
+        self.memory = memory
+        self.nbytes = len(memory)
         self.digest: str = header["digest"]
         self.base_fingerprint: str = header["base_fingerprint"]
         self.dtype: DtypeName = header["dtype"]
@@ -56,17 +60,23 @@ class Pack:
         self._geometry = Geometry(self.hidden, self.intermediate, self._numpy_dtype.itemsize)
         self.chunks = self._geometry.chunks
         self.layers = tuple(_layer_from_json(entry) for entry in header["layers"])
-        self._data = data
         self._data_start = data_start
-        self._spans: dict[int, LayerSpans] = {}
+        self._spans: dict[int, LayerSpans] = {}  # of layers that were asked for
+        self._starts: dict[int, tuple[PackLayer, int]] = {}
+        self._stops: dict[int, int] = {}
         self._entries = {layer.index: layer.experts for layer in self.layers}
         at = 0
+        sizes: dict[Any, LayerSpans] = {}  # layers are alike, mostly: what one takes, all take
         for layer, entry in zip(self.layers, header["layers"], strict=True):
-            spans = lay_out(layer, self._geometry, at)
-            if [*spans.replicated, *spans.cut] != [*entry["replicated"], *entry["cut"]]:
+            shape = _shape(layer)
+            if shape not in sizes:
+                sizes[shape] = lay_out(layer, self._geometry, 0)
+            sections = [*sizes[shape].replicated, *sizes[shape].cut]
+            if [at + n for n in sections] != [*entry["replicated"], *entry["cut"]]:
                 raise PackCorrupt(f"{path}: the sections of layer {layer.index} don't add up")
-            at = spans.cut[1]
-            self._spans[layer.index] = spans
+            self._starts[layer.index] = layer, at
+            at += sections[-1]
+            self._stops[layer.index] = at
         if at != header["data_bytes"]:
             raise PackCorrupt(f"{path}: layers end at byte {at} of {header['data_bytes']}")
 
@@ -87,15 +97,27 @@ class Pack:
         with path.open("rb") as file:
             header, data_start = _read_header(path, file.read(struct.calcsize(PREAMBLE)), file)
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        memory = np.frombuffer(data, np.uint8)
         try:
             expected = data_start + header["data_bytes"]
-            if len(data) != expected:
-                raise PackCorrupt(f"{path} has {len(data)} bytes, {expected} were written")
+            if len(memory) != expected:
+                raise PackCorrupt(f"{path} has {len(memory)} bytes, {expected} were written")
             if verify:
-                _verify(path, data, header["crc32"], data_start)
-            return cls(path, data, header, data_start)
+                _verify(path, memory, header["crc32"], data_start)
+            return cls(path, memory, header, data_start)
         except (KeyError, TypeError, ValueError) as error:
             raise PackCorrupt(f"{path}: the header lacks or mistypes {error}") from error
+
+    def layer_span(self, layer: PackLayer | int) -> tuple[int, int]:
+        """Start and stop of all of a layer's bytes in `memory`: section R, then section C."""
+        index = _index(layer)
+        if index not in self._stops:
+            self._layer(layer)  # says what there is
+        return self._data_start + self._starts[index][1], self._data_start + self._stops[index]
+
+    def spans(self, layer: PackLayer | int) -> LayerSpans:
+        """Where the layer's tensors lie; its first byte is at `replicated[0]`."""
+        return self._layer(layer)
 
     def dense_a(
         self, layer: PackLayer | int, target: str, rows: tuple[int, int] | None = None
@@ -169,19 +191,21 @@ class Pack:
         return spans, experts
 
     def _layer(self, layer: PackLayer | int) -> LayerSpans:
-        try:
-            return self._spans[_index(layer)]
-        except KeyError:
+        index = _index(layer)
+        if index not in self._starts:
             raise PackLayoutError(
-                f"{self.path}: layer {_index(layer)} isn't adapted; adapted: {sorted(self._spans)}"
-            ) from None
+                f"{self.path}: layer {index} isn't adapted; adapted: {sorted(self._starts)}"
+            )
+        if index not in self._spans:
+            own, start = self._starts[index]
+            self._spans[index] = lay_out(own, self._geometry, start)
+        return self._spans[index]
 
     def _view(self, span: Span, shift: int = 0) -> np.ndarray:
         rows, columns = span.shape
         start = self._data_start + span.offset + shift
-        return np.frombuffer(self._data, self._numpy_dtype, rows * columns, start).reshape(
-            span.shape
-        )
+        stop = start + rows * columns * self._numpy_dtype.itemsize
+        return self.memory[start:stop].view(self._numpy_dtype).reshape(span.shape)
 
     def _rows(self, span: Span, rows: tuple[int, int] | None) -> np.ndarray:
         view = self._view(span)
@@ -203,6 +227,13 @@ class Pack:
         first = spans.chunk_start + tp_rank * mine * spans.chunk_bytes
         parts = [self._view(span, first + c * spans.chunk_bytes) for c in range(mine)]
         return np.concatenate(parts)
+
+
+def _shape(layer: PackLayer) -> Any:
+    """Equal of layers whose tensors have the same places."""
+    x = layer.experts
+    dense = tuple((name, e.rank, e.cut, e.out, e.in_) for name, e in layer.dense.items())
+    return dense, x and (x.rank, x.fused_gate_up, x.shared_a13, x.shared_b2)
 
 
 def _index(layer: PackLayer | int) -> int:
@@ -231,15 +262,15 @@ def _read_header(path: Path, preamble: bytes, file: Any) -> tuple[dict[str, Any]
     return header, align(size + length, DATA_ALIGN)
 
 
-def _verify(path: Path, data: mmap.mmap, crcs: str, data_start: int) -> None:
-    view = memoryview(data)
-    starts = range(data_start, len(data), BLOCK_BYTES)
+def _verify(path: Path, memory: np.ndarray, crcs: str, data_start: int) -> None:
+    view = memory.data
+    starts = range(data_start, len(memory), BLOCK_BYTES)
     if len(crcs) != 8 * len(starts):
         raise PackCorrupt(f"{path}: {len(crcs) // 8} checksums for {len(starts)} blocks")
     for block, start in enumerate(starts):
         if zlib.crc32(view[start : start + BLOCK_BYTES]) != int(crcs[8 * block :][:8], 16):
             raise PackCorrupt(
-                f"{path}: bytes {start} to {min(start + BLOCK_BYTES, len(data))} don't match "
+                f"{path}: bytes {start} to {min(start + BLOCK_BYTES, len(memory))} don't match "
                 "their checksum"
             )
 

@@ -7,6 +7,7 @@ what turns out to have ended has one token computed in vain, which nobody sees.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -30,7 +31,11 @@ from .sequence import Sequence
 from .step import Step
 
 _COMPILE_S = 10.0  # that a request's grammar may take, waiting for others' included
-_REST_S = 0.002  # of a step that has nothing to do until a grammar is compiled
+# Of a step that has nothing to do until a grammar is compiled or an adapter has come.
+_REST_S = 0.002
+# Python's threads take turns: opening and planning packs beside the steps mustn't hold one up for
+# Python's usual 5 ms, which is as long as a step.
+_SWITCH_S = 0.0005
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,19 @@ class Engine:
             packs: where the packs of adapters come from.
             comm: rank 0's; made from the config when None.
         """
+        sys.setswitchinterval(_SWITCH_S)
         self._comm = comm or Comm(0, config.tp_size, config.rendezvous, config.device)
         self._runner = ModelRunner(config, self._comm)
         self.config = config = self._runner.config  # with the sizes that were derived
         self._packs = packs
         self._fetcher = PackFetcher(packs, config.load_threads)
         self._kv = KVBlocks(self._runner.kv_blocks, config.block_size)
-        self._residency = Residency(self._runner.pool, self._fetcher, config.base_fingerprint)
+        self._residency = Residency(
+            self._runner.pool,
+            self._fetcher,
+            config.base_fingerprint,
+            config.model.num_layers,
+        )
         self._scheduler = Scheduler(
             self._kv,
             self._residency,
@@ -164,6 +175,7 @@ class Engine:
     def _advance(self) -> list[TokenOutput]:
         """Launches a step if there is one, and collects the one before it."""
         started = time.perf_counter()
+        self._residency.settle()
         self._residency.prefetch()
         outputs: list[TokenOutput] = []
         before, self._flight = self._flight, None
@@ -182,6 +194,8 @@ class Engine:
             self._report.steps += 1
         if flight is not None or before is not None:
             self._report.step_seconds += time.perf_counter() - started
+        elif not outputs:
+            self._residency.rest(_REST_S)
         return outputs
 
     def set_desired(self, adapters: list[AdapterRef]) -> None:
@@ -214,6 +228,7 @@ class Engine:
         if self.config.tp_size > 1:
             self._comm.broadcast_message(Step(stop=True).to_wire())
         self._fetcher.close()
+        self._residency.close()
         self._grammars.close()
         self._comm.close()
 
@@ -268,11 +283,13 @@ class Engine:
         return flight, refused
 
     def _execute(self, plan: Plan) -> Callable[[], StepResult]:
-        return launch(self._runner, plan)
+        # A step that waits for a load says nothing of how long its tokens take.
+        return launch(self._runner, plan, timed=plan.prefills and not self._residency.loads_run)
 
     def _collect(self, flight: _Flight) -> list[TokenOutput]:
         """Reads a launched step's result; what it says of sequences that have ended is dropped."""
         plan, result = flight.plan, flight.wait()
+        self._residency.speeds.prefilled(plan.tokens, result.seconds)
         for w in plan.work:
             if not w.seq.removed:
                 self._count_tokens(w.seq, prompt=w.count if w.count > 1 or not w.seq.started else 0)

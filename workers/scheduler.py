@@ -136,7 +136,7 @@ class Scheduler:
             if blocked is not None and blocked.overtaken >= self._overtake_limit:
                 return
             try:
-                slot, tier = self._acquire(seq)
+                slot, tier = self._acquire(seq, min(seq.pending, budget))
             except Waiting as wait:
                 if wait.for_room and blocked is None:
                     blocked = seq
@@ -165,10 +165,10 @@ class Scheduler:
             if blocked is not None:
                 blocked.overtaken += 1
 
-    def _acquire(self, seq: Sequence) -> tuple[int, str]:
+    def _acquire(self, seq: Sequence, tokens: int) -> tuple[int, str]:
         if seq.request.adapter is None:
             return -1, "base"
-        return self._residency.acquire(seq.request.adapter)
+        return self._residency.acquire(seq.request.adapter, tokens)
 
     def _match_prefix(self, seq: Sequence) -> None:
         if seq.prompt_logprobs is not None:

@@ -57,11 +57,12 @@ def all_outputs(engine) -> list:
 
 
 def wait_for_packs(engine, demo) -> None:
-    """Loads every adapter, so that requests start when they come."""
+    """Loads every adapter, so that requests start when they come; into the same slots always,
+    which order a step."""
     for i, ref in enumerate(demo.refs.values()):
         params = SamplingParams(max_tokens=1)
         engine.submit(GenerationRequest(f"load {i}", (5,), params, "acme", ref))
-    all_outputs(engine)
+        all_outputs(engine)
 
 
 def test_outputs_come_in_the_same_order_with_the_same_usage(demo, make_engine, lagging):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from loraplex.adapter_store import DiskTier, ObjectStore, Pack
 from loraplex.workers import AdapterRef
 from loraplex.workers.pool.packs import PackFetcher
+from loraplex.workers.pool.pool_account import Layouts
 from loraplex.workers.pool.residency import Residency, Waiting
 
 from tests.adapter_store.uploads import Service, upload
@@ -21,11 +25,17 @@ class OnePackPool:
 
     max_slots = 4
 
-    def check_fits(self, pack: Pack) -> None: ...
-    def unload(self, slot: int) -> None: ...
+    def layouts(self, pack: Pack) -> Layouts:
+        return Layouts({}, pack.nbytes)
 
-    def load(self, slot: int, pack: Pack) -> int:
-        return pack.nbytes
+    def fits(self, layouts: Layouts, without: Iterable[int]) -> bool:
+        return True
+
+    def start_load(self, slot: int, pack: Pack, layouts: Layouts) -> Any:
+        return SimpleNamespace(done=True, launched=True, error=None, seconds=0.1)
+
+    def show(self, slot: int) -> None: ...
+    def unload(self, slot: int) -> None: ...
 
 
 class Rank0:
@@ -46,15 +56,13 @@ class Rank0:
         """The path that the step message names."""
         deadline = time.monotonic() + 10
         while True:
-            try:
-                slot, _ = self.residency.acquire(ref)
-            except Waiting:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-                continue
-            [path] = [c.path for c in self.residency.take_changes() if c.slot == slot]
-            assert path is not None
-            return path
+            with suppress(Waiting):
+                self.residency.acquire(ref)
+            for change in self.residency.take_changes():
+                assert change.path is not None
+                return change.path
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol
 
@@ -69,6 +69,15 @@ class PackFetcher:
             return None
         del self._futures[ref.key]
         return future.result()
+
+    def rest(self, seconds: float) -> None:
+        """Waits until a fetch has ended, or for so long."""
+        wait([f for f in self._futures.values() if not f.done()], seconds, FIRST_COMPLETED)
+
+    def failed(self, ref: AdapterRef) -> bool:
+        """Whether `poll` would raise."""
+        future = self._futures.get(ref.key)
+        return future is not None and future.done() and future.exception() is not None
 
     @property
     def loading(self) -> list[str]:
