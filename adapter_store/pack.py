@@ -42,11 +42,15 @@ class Pack:
         dtype: of every factor. hidden: H. intermediate: I. chunks: parts that I is stored in,
             the largest tensor-parallel size that it can be cut for.
         layers: the adapted layers, ascending by index.
+        memory: the whole pack as it is stored, [nbytes] uint8: one range of addresses, for who
+            copies layers at a time. Read-only; keep the Pack, `memory` or a view of it until a
+            copy has ended.
     """
 
-    def __init__(self, path: Path, data: mmap.mmap, header: dict[str, Any], data_start: int):
+    def __init__(self, path: Path, memory: np.ndarray, header: dict[str, Any], data_start: int):
         self.path = path
-        self.nbytes = len(data)
+        self.memory = memory
+        self.nbytes = len(memory)
         self.digest: str = header["digest"]
         self.base_fingerprint: str = header["base_fingerprint"]
         self.dtype: DtypeName = header["dtype"]
@@ -56,7 +60,6 @@ class Pack:
         self._geometry = Geometry(self.hidden, self.intermediate, self._numpy_dtype.itemsize)
         self.chunks = self._geometry.chunks
         self.layers = tuple(_layer_from_json(entry) for entry in header["layers"])
-        self._data = data
         self._data_start = data_start
         self._spans: dict[int, LayerSpans] = {}
         self._entries = {layer.index: layer.experts for layer in self.layers}
@@ -87,15 +90,21 @@ class Pack:
         with path.open("rb") as file:
             header, data_start = _read_header(path, file.read(struct.calcsize(PREAMBLE)), file)
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        memory = np.frombuffer(data, np.uint8)
         try:
             expected = data_start + header["data_bytes"]
-            if len(data) != expected:
-                raise PackCorrupt(f"{path} has {len(data)} bytes, {expected} were written")
+            if len(memory) != expected:
+                raise PackCorrupt(f"{path} has {len(memory)} bytes, {expected} were written")
             if verify:
-                _verify(path, data, header["crc32"], data_start)
-            return cls(path, data, header, data_start)
+                _verify(path, memory, header["crc32"], data_start)
+            return cls(path, memory, header, data_start)
         except (KeyError, TypeError, ValueError) as error:
             raise PackCorrupt(f"{path}: the header lacks or mistypes {error}") from error
+
+    def layer_span(self, layer: PackLayer | int) -> tuple[int, int]:
+        """Start and stop of all of a layer's bytes in `memory`: section R, then section C."""
+        spans = self._layer(layer)
+        return self._data_start + spans.replicated[0], self._data_start + spans.cut[1]
 
     def dense_a(
         self, layer: PackLayer | int, target: str, rows: tuple[int, int] | None = None
@@ -179,9 +188,8 @@ class Pack:
     def _view(self, span: Span, shift: int = 0) -> np.ndarray:
         rows, columns = span.shape
         start = self._data_start + span.offset + shift
-        return np.frombuffer(self._data, self._numpy_dtype, rows * columns, start).reshape(
-            span.shape
-        )
+        stop = start + rows * columns * self._numpy_dtype.itemsize
+        return self.memory[start:stop].view(self._numpy_dtype).reshape(span.shape)
 
     def _rows(self, span: Span, rows: tuple[int, int] | None) -> np.ndarray:
         view = self._view(span)
@@ -231,15 +239,15 @@ def _read_header(path: Path, preamble: bytes, file: Any) -> tuple[dict[str, Any]
     return header, align(size + length, DATA_ALIGN)
 
 
-def _verify(path: Path, data: mmap.mmap, crcs: str, data_start: int) -> None:
-    view = memoryview(data)
-    starts = range(data_start, len(data), BLOCK_BYTES)
+def _verify(path: Path, memory: np.ndarray, crcs: str, data_start: int) -> None:
+    view = memory.data
+    starts = range(data_start, len(memory), BLOCK_BYTES)
     if len(crcs) != 8 * len(starts):
         raise PackCorrupt(f"{path}: {len(crcs) // 8} checksums for {len(starts)} blocks")
     for block, start in enumerate(starts):
         if zlib.crc32(view[start : start + BLOCK_BYTES]) != int(crcs[8 * block :][:8], 16):
             raise PackCorrupt(
-                f"{path}: bytes {start} to {min(start + BLOCK_BYTES, len(data))} don't match "
+                f"{path}: bytes {start} to {min(start + BLOCK_BYTES, len(memory))} don't match "
                 "their checksum"
             )
 
