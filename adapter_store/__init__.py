@@ -68,7 +68,7 @@ __all__ = [
 # Store: where adapters, tenants and keys are kept.
 from .catalogue import Catalogue
 from .catalogue_document import BlobNeeded
-from .disk_tier import DiskTier, PackPin
+from .disk_tier import DiskTier
 from .documents import Document, Record
 from .documents import create as create_document
 from .documents import read as read_document
@@ -81,6 +81,7 @@ from .errors import (
     Conflict,
     DocumentError,
     EmbeddedStoreError,
+    FetchCancelled,
     KeyNotFound,
     LimitExceeded,
     LocalDiskError,
@@ -97,6 +98,7 @@ from .errors import (
 from .layout import quarantine_keys
 from .model_source import ModelSource
 from .object_store import ObjectInfo, ObjectStore
+from .pins import PackPin
 from .publisher import Publisher
 from .quarantine import UploadSizes, discard_upload, stage_upload
 from .records import (
@@ -107,6 +109,7 @@ from .records import (
     TenantLimits,
     VersionMeta,
 )
+from .repack import Repacker
 from .sweep import SweepReport, sweep
 
 __all__ += [
@@ -122,6 +125,7 @@ __all__ += [
     "DocumentError",
     "EmbeddedS3",
     "EmbeddedStoreError",
+    "FetchCancelled",
     "KeyNotFound",
     "KeyRecord",
     "LimitExceeded",
@@ -135,6 +139,7 @@ __all__ += [
     "PreconditionFailed",
     "Publisher",
     "Record",
+    "Repacker",
     "StoreDenied",
     "StoreError",
     "StoreUnavailable",

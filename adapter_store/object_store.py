@@ -223,6 +223,33 @@ class ObjectStore:
         with self._translated("read", key):
             _retried(read)
 
+    def read_into(self, key: str, etag: str, start: int, view: memoryview) -> None:
+        """Reads a part of an object, as long as `view`, into memory.
+
+        A body that breaks off is asked for again from where it broke.
+
+        Raises:
+            NotFound. PreconditionFailed: the object has another ETag by now.
+        """
+        at = 0
+
+        def read() -> None:
+            nonlocal at
+            body = self._client.get_object(
+                Bucket=self.bucket,
+                Key=self._prefix + key,
+                Range=f"bytes={start + at}-{start + len(view) - 1}",
+                IfMatch=etag,
+            )["Body"]
+            for data in body.iter_chunks(CHUNK_BYTES):
+                view[at : at + len(data)] = data
+                at += len(data)
+            if at != len(view):
+                raise HTTPError(f"{at} bytes of {key} came where {len(view)} were asked for")
+
+        with self._translated("read", key):
+            _retried(read)
+
     def upload(self, path: Path, key: str) -> None:
         """Writes a file to an object, in one step also when it travels in parts."""
         with self._translated("write", key), self._transfer() as transfer:

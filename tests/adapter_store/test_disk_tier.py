@@ -134,38 +134,64 @@ def test_a_failed_fetch_fails_all_who_wait_and_the_next_one_tries_again(
     assert tier.ensure(service.tenant_id, digest)[1] == "s3"
 
 
-@pytest.mark.parametrize("how", ["truncated", "empty", "flipped", "another"])
-def test_a_damaged_download_is_fetched_again_once(
+@pytest.mark.parametrize("how", ["header", "data", "another"])
+def test_a_part_that_is_damaged_on_its_way_is_fetched_again_once(
     service: Service, faulty: FaultyStore, folder: Path, how: str
 ) -> None:
     digest, other = digests(service, 2)
     tier = DiskTier(folder, faulty, 1 << 20)
     path, _ = tier.ensure(service.tenant_id, other)
-    faulty.downloads.clear()
+    faulty.parts.clear()
 
-    def damage(file: Path, times: int) -> None:
-        if len(faulty.downloads) > times:
+    def damage(start: int, view: memoryview, times: int) -> None:
+        if len(faulty.parts) > times:
             return
-        if how == "flipped":
-            flip_bit(file)
-        elif how == "another":
-            file.write_bytes(path.read_bytes())
+        if how == "header":
+            view[40] ^= 4
+        elif how == "data":
+            view[-20] ^= 4
         else:
-            os.truncate(file, 0 if how == "empty" else file.stat().st_size - 1000)
+            view[:] = path.read_bytes()[start:]
 
-    faulty.damage = lambda file: damage(file, 1)
+    faulty.damage = lambda key, start, view: damage(start, view, 1)
     found, source = tier.ensure(service.tenant_id, digest)
-    assert (source, len(faulty.downloads)) == ("s3", 2)
+    assert (source, len(faulty.parts)) == ("s3", 2)
     assert Pack.open(found).digest == digest
 
     tier.remove(f"{service.tenant_id}/{digest}")
-    faulty.downloads.clear()
-    faulty.damage = lambda file: damage(file, 2)
+    faulty.parts.clear()
+    faulty.damage = lambda key, start, view: damage(start, view, 2)
     with pytest.raises(AdapterCorrupt, match=digest):
         tier.ensure(service.tenant_id, digest)
-    assert len(faulty.downloads) == 2
+    assert len(faulty.parts) == 2
     assert set(tier.resident()) == {f"{service.tenant_id}/{other}"}
     assert hidden(folder) == []
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "flipped", "another"])
+def test_a_damaged_blob_is_an_error_for_its_adapter_alone(
+    service: Service, folder: Path, how: str
+) -> None:
+    version, other = (service.publish(f"bot-{i}", upload(i)) for i in range(2))
+    key, other_key = (
+        f"tenants/{service.tenant_id}/blobs/{v.digest}/{v.blob}/pack-v1.bin"
+        for v in (version, other)
+    )
+    good = service.store.get(key)[0]
+    bad = {
+        "truncated": good[:-1000],
+        "empty": b"",
+        "flipped": good[:-20] + bytes([good[-20] ^ 1]) + good[-19:],
+        "another": service.store.get(other_key)[0],
+    }[how]
+    service.store.put(key, bad)
+    tier = DiskTier(folder, service.store, 1 << 20)
+    with pytest.raises(AdapterCorrupt, match=f"{version.digest}.*publish the adapter again"):
+        tier.ensure(service.tenant_id, version.digest)
+    assert tier.ensure(service.tenant_id, other.digest)[1] == "s3"
+    assert hidden(folder) == []
+    service.publisher.repack(service.tenant_id, version.digest)
+    assert tier.ensure(service.tenant_id, version.digest)[0].read_bytes() == good
 
 
 @pytest.mark.parametrize("offset", [3, 40, 4500, -20])
