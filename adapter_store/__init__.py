@@ -95,6 +95,7 @@ from .errors import (
     TenantNotFound,
     UploadNotFound,
 )
+from .host_tier import HostTier, host_folder
 from .layout import quarantine_keys
 from .model_source import ModelSource
 from .object_store import ObjectInfo, ObjectStore
@@ -126,6 +127,7 @@ __all__ += [
     "EmbeddedS3",
     "EmbeddedStoreError",
     "FetchCancelled",
+    "HostTier",
     "KeyNotFound",
     "KeyRecord",
     "LimitExceeded",
@@ -153,6 +155,7 @@ __all__ += [
     "VersionMeta",
     "create_document",
     "discard_upload",
+    "host_folder",
     "next_epoch",
     "quarantine_keys",
     "read_document",

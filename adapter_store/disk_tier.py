@@ -132,6 +132,13 @@ class DiskTier:
         path = self._path(_key(tenant_id, digest))
         return path if _touch(path) else None
 
+    def has(self, key: str) -> bool:
+        return self._path(key).exists()
+
+    def check(self, key: str) -> None:
+        """Raises ValueError for what can't be a pack's key."""
+        self._path(key)
+
     def drop(self, path: Path) -> None:
         """Removes a pack that was found damaged."""
         path.unlink(missing_ok=True)
@@ -166,8 +173,8 @@ class DiskTier:
                 return "disk"
             path.parent.mkdir(exist_ok=True)
             started = time.monotonic()
-            self._fetch(tenant_id, digest, path, wanted, mirror)
-            self._verified[key] = identity = _identity(path)
+            # Of the file as it was checked: under its name it may be evicted at once.
+            self._verified[key] = identity = self._fetch(tenant_id, digest, path, wanted, mirror)
             self.speed.measured(identity[1], time.monotonic() - started)
         return "s3"
 
@@ -189,7 +196,7 @@ class DiskTier:
 
     def _fetch(
         self, tenant_id: str, digest: str, path: Path, wanted: Wanted, mirror: Mirror | None
-    ) -> None:
+    ) -> Identity:
         partial = self._partial(path)
         replaced = 0
         remade = False
@@ -198,9 +205,10 @@ class DiskTier:
                 source = self._blobs.find_pack(tenant_id, digest)
                 self._make_room(source, partial, wanted)
                 PackDownload(self._store, source, digest, partial).run(self._parts, wanted, mirror)
+                identity = _identity(partial.path)
                 partial.finish(path)
                 _touch(path, new=True)
-                return
+                return identity
             except PackVersionError:
                 partial.remove()
                 if remade or self._remake is None:

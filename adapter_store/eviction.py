@@ -11,6 +11,8 @@ access time holds it, so it outlives processes and all processes of a node share
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -106,22 +108,27 @@ def place(
     movable = sorted((p for p in packs if not p.held.fixed), key=lambda p: p.start)
     fixed = sorted([*taken, *((p.start, p.stop) for p in packs if p.held.fixed)])
     newest = max((p.held.mark for p in movable), default=0.0)
-    costs = [p.held.restore_s * 2.0 ** ((p.held.mark - newest) / HALF_LIFE_S) for p in movable]
-    best: tuple[float, int, list[Held]] | None = None
-    starts = sorted({0, *(stop for _, stop in fixed), *(p.stop for p in movable)})
-    for start in starts:
+    losses = [p.held.restore_s * 2.0 ** ((p.held.mark - newest) / HALF_LIFE_S) for p in movable]
+    before = [0.0, *itertools.accumulate(losses)]
+    begins = [p.start for p in movable]
+    ends = [p.stop for p in movable]
+    best: tuple[float, int, int, int] | None = None
+    for start in sorted({0, *(stop for _, stop in fixed), *ends}):
         stop = start + nbytes
         if stop > size:
             break
         if _overlaps(fixed, start, stop):
             continue
-        inside = [i for i, p in enumerate(movable) if p.start < stop and p.stop > start]
-        cost = sum(costs[i] for i in inside)
-        if best is None or cost < best[0]:
-            best = cost, start, [movable[i].held for i in inside]
-        if not inside:
+        first, last = bisect.bisect_right(ends, start), bisect.bisect_left(begins, stop)
+        loss = before[last] - before[first] if last > first else 0.0
+        if best is None or loss < best[0]:
+            best = loss, start, first, last
+        if last <= first:
             break
-    return None if best is None else best[1:]
+    if best is None:
+        return None
+    _, start, first, last = best
+    return start, [p.held for p in movable[first:last]]
 
 
 def protected(held: Iterable[Held], names: Collection[str], max_bytes: int) -> set[str]:
@@ -141,7 +148,8 @@ def protected(held: Iterable[Held], names: Collection[str], max_bytes: int) -> s
 
 
 def _overlaps(ranges: Sequence[tuple[int, int]], start: int, stop: int) -> bool:
-    return any(low < stop and high > start for low, high in ranges)
+    """Whether one of the sorted `ranges` meets another; they may lie on each other."""
+    return any(high > start for _, high in ranges[: bisect.bisect_left(ranges, (stop, 0))])
 
 
 class Speed:

@@ -58,6 +58,7 @@ def map_entry(path: Path) -> tuple[np.ndarray, np.ndarray]:
         if offset + nbytes > len(arena):
             raise PackCorrupt(f"{path} names bytes {offset} to {offset + nbytes} of {len(arena)}")
         # Straight from the mapping, so that numpy keeps this array as the base of all its views.
+        assert arena.base is not None
         memory = np.frombuffer(arena.base, np.uint8, nbytes, offset)
         memory.flags.writeable = False
         weakref.finalize(memory, pin.close)

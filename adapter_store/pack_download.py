@@ -42,6 +42,10 @@ class Mirror(Protocol):
         """All of it is there and checked. The disk may not have it yet."""
         ...
 
+    def abandon(self) -> None:
+        """Nobody writes there any more. Comes last, also after `complete`."""
+        ...
+
 
 class Partial:
     """A pack's file on its way, with its journal. `path` has the pack's size from the start."""
@@ -149,6 +153,8 @@ class PackDownload:
         finally:
             os.close(self._fd)
             self._view = memoryview(b"")
+            if mirror is not None:
+                mirror.abandon()
 
     def _head(self, done: set[int]) -> tuple[PackHead, int]:
         """The header, and how many bytes have come with it."""

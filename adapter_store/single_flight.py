@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Generic, TypeVar
 
 from .errors import FetchCancelled
@@ -82,7 +83,8 @@ class SingleFlight(Generic[T]):
     ) -> None:
         def deliver(result: T) -> None:
             self._land(key, flight)
-            flight.future.set_result(result)
+            with contextlib.suppress(InvalidStateError):  # too late: the run was given up
+                flight.future.set_result(result)
 
         try:
             fetch(flight.wanted, deliver)
