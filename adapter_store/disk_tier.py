@@ -147,6 +147,10 @@ class DiskTier:
         """Bytes of every pack on the disk, by key."""
         return {_key_of(path): stat.st_size for path, stat in self._packs()}
 
+    def host_resident(self) -> dict[str, int]:
+        """None: `HostTier` has those in memory."""
+        return {}
+
     def remove(self, key: str) -> None:
         """Drops a pack unless it is pinned, for which `resident` tells whether to try again.
 

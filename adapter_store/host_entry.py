@@ -25,8 +25,7 @@ _ENTRY = "<8sQQ"
 ENTRY_BYTES = struct.calcsize(_ENTRY)
 
 _lock = threading.Lock()
-_mappings: weakref.WeakValueDictionary[tuple[int, int], np.ndarray]
-_mappings = weakref.WeakValueDictionary()  # by the arena's device and inode
+_mappings: dict[tuple[int, int], np.ndarray] = {}  # by the arena's device and inode
 
 
 def entry(offset: int, nbytes: int) -> bytes:
@@ -69,7 +68,8 @@ def map_entry(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def map_arena(path: Path) -> np.ndarray:
-    """All of an arena, [bytes] uint8, writeable: one mapping in this process while it is held."""
+    """All of an arena, [bytes] uint8, writeable: one mapping in this process, for good, as it may
+    have been pinned for a GPU."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         stat = os.fstat(fd)

@@ -79,16 +79,16 @@ class HostTier:
         return self._flights.run(key, wanted, fetch)
 
     def resident(self) -> dict[str, int]:
-        """Bytes of every pack in memory or on the disk, by key."""
-        return self._arena.resident() | self._disk.resident()
+        """Bytes of every pack on the disk, by key."""
+        return self._disk.resident()
 
     def host_resident(self) -> dict[str, int]:
         """Bytes of every pack in memory, by key."""
         return self._arena.resident()
 
     def remove(self, key: str) -> None:
-        """Drops a pack from memory and disk unless it is in use, for which `resident` tells
-        whether to try again."""
+        """Drops a pack from memory and disk unless it is in use, for which `resident` and
+        `host_resident` tell whether to try again."""
         self._disk.remove(key)
         self._arena.remove(key)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from .base_model import BaseModel
@@ -45,11 +44,10 @@ class Repacker:
     Nodes that come to it at the same time write the same bytes.
 
     Args:
-        base: gives the base model; called when it is needed first.
         scratch: folder of this machine with room for two files of the largest adapter.
     """
 
-    def __init__(self, store: ObjectStore, base: Callable[[], BaseModel], scratch: Path) -> None:
+    def __init__(self, store: ObjectStore, base: BaseModel, scratch: Path) -> None:
         self._blobs = Blobs(store)
         self._base = base
         self._scratch = scratch
@@ -62,4 +60,4 @@ class Repacker:
                 f"adapter {digest} of tenant {tenant_id} is stored without its source: publish it "
                 "again"
             )
-        remake_pack(self._blobs, self._base(), self._scratch, tenant_id, digest, found[0])
+        remake_pack(self._blobs, self._base, self._scratch, tenant_id, digest, found[0])

@@ -109,6 +109,9 @@ class Settings(BaseSettings):
         30.0, ge=1, description="a group whose engine step takes longer counts as hung and restarts"
     )
     disk_cache_bytes: ByteSize = Field(ByteSize(8 << 30), ge=1 << 20, description="a node's disk")
+    host_cache_bytes: ByteSize = Field(
+        ByteSize(2 << 30), ge=0, description="packs in a node's shared memory, /dev/shm; 0: none"
+    )
 
     # The gateway.
     gateway_replicas: int = Field(1, ge=1, le=256)

@@ -63,7 +63,7 @@ class Residency:
         """Takes hold of the adapter for one sequence.
 
         Returns:
-            The slot, and the tier it came from: "gpu", "disk" or "s3".
+            The slot, and the tier it came from: "gpu", "host", "disk" or "s3".
 
         Raises:
             Waiting: not yet; call again later.
@@ -92,6 +92,11 @@ class Residency:
         """Starts fetching the pack of a request that was just queued."""
         if ref.key not in self._residents and ref.key not in self._fetched:
             self._fetcher.start(ref)
+
+    def give_up(self, key: str) -> None:
+        """No request waits for the adapter any more; what the controller desires goes on."""
+        if key not in self._desired:
+            self._fetcher.give_up(key)
 
     def set_desired(self, refs: Iterable[AdapterRef]) -> None:
         """The controller's advice: fetch and load these when there is room, keep them longest."""
