@@ -39,32 +39,43 @@ _LOCKS = ".locks"
 
 
 class Reservation:
-    """A place in the arena, its holder's own until `publish` or `abandon`.
+    """A place in the arena that nobody else writes to until `release`.
 
     Attributes:
         view: its bytes, writeable.
     """
 
-    def __init__(self, fd: int, fill: Path, path: Path, view: memoryview) -> None:
+    def __init__(
+        self,
+        fd: int,
+        fill: Path,
+        path: Path,
+        view: memoryview,
+        layout_lock: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
         self._fd = fd
         self._fill = fill
         self._path = path
+        self._layout_lock = layout_lock
         self.view = view
 
     def publish(self) -> Path:
         """Makes the pack visible: all of its bytes are there. Returns its entry.
 
-        If somebody else has brought the same pack meanwhile, that one stays, as it may be in use.
+        It is pinned until `release`. If somebody else has brought the same pack meanwhile, that one
+        stays, as it may be in use.
         """
         now = int(time.time() * 1e9)
         os.utime(self._fd, ns=(now, now))
-        with contextlib.suppress(FileExistsError):
+        with self._layout_lock(), contextlib.suppress(FileExistsError):
             os.link(self._fill, self._path)
-        self.abandon()
+            self._fill.unlink()
+            # From the writer's lock to a pin; nobody evicts in between, who holds this lock.
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
         return self._path
 
-    def abandon(self) -> None:
-        """Gives the place back. Does nothing after `publish`."""
+    def release(self) -> None:
+        """Ends the pin of what was published, gives back the place of what wasn't."""
         if self._fd >= 0:
             self.view = memoryview(b"")
             self._fill.unlink(missing_ok=True)
@@ -139,11 +150,13 @@ class HostArena:
             fd = os.open(fill, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             take(fd)
             os.pwrite(fd, entry(start, nbytes), 0)
-        place = Reservation(fd, fill, path, self._map.data[start : start + nbytes])
+        place = Reservation(
+            fd, fill, path, self._map.data[start : start + nbytes], self._layout_lock
+        )
         try:
             self._commit(start, room)
         except BaseException:
-            place.abandon()
+            place.release()
             raise
         return place
 

@@ -145,7 +145,7 @@ class HostTier:
             return None
         finally:
             if place is not None:
-                place.abandon()
+                place.release()
 
     def reserve(self, key: str, nbytes: int) -> Reservation | None:
         """A place for a pack in memory, None if it has none."""
@@ -183,9 +183,9 @@ class _Mirror:
         self.done = True
         self._deliver((path, "s3"))
 
-    def abandon(self) -> None:
+    def release(self) -> None:
         if self._place is not None:
-            self._place.abandon()
+            self._place.release()
 
 
 def host_folder(disk_folder: Path, parent: Path = SHM) -> Path:

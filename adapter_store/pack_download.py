@@ -13,7 +13,9 @@ import json
 import logging
 import mmap
 import os
+import queue
 import shutil
+import threading
 from functools import partial as bind
 from pathlib import Path
 from typing import Protocol
@@ -42,8 +44,8 @@ class Mirror(Protocol):
         """All of it is there and checked. The disk may not have it yet."""
         ...
 
-    def abandon(self) -> None:
-        """Nobody writes there any more. Comes last, also after `complete`."""
+    def release(self) -> None:
+        """Nobody reads or writes there any more. Comes last, also after `complete`."""
         ...
 
 
@@ -120,9 +122,9 @@ class PackDownload:
         self._partial = partial
         self._fd = -1
         self._view = memoryview(b"")
-        self._mirrored = False
+        self._writer: _Writer | None = None  # unless memory is the file's own mapping
 
-    def run(self, queue: PartQueue, wanted: Wanted, mirror: Mirror | None = None) -> None:
+    def run(self, parts: PartQueue, wanted: Wanted, mirror: Mirror | None = None) -> None:
         """
         Raises:
             PackCorrupt, PackVersionError: also when asked for a second time.
@@ -136,9 +138,10 @@ class PackDownload:
         self._fd = os.open(self._partial.path, os.O_RDWR | os.O_CLOEXEC)
         try:
             memory = mirror.reserve(self._source.nbytes) if mirror is not None else None
-            self._mirrored = memory is not None
             if memory is None:
                 memory = memoryview(mmap.mmap(self._fd, self._source.nbytes))
+            else:
+                self._writer = _Writer(self._fd, memory, self._partial)
             self._view = memory
             head, have = self._head(done)
             spans = head.spans(PART_BYTES)
@@ -147,14 +150,17 @@ class PackDownload:
                 for number, (start, stop) in enumerate(spans)
             ]
             if jobs:
-                queue.run(jobs, wanted)
-            if mirror is not None and self._mirrored:
+                parts.run(jobs, wanted)
+            if mirror is not None and self._writer is not None:
                 mirror.complete()
+                self._writer.finish()
         finally:
+            if self._writer is not None:
+                self._writer.end()
             os.close(self._fd)
             self._view = memoryview(b"")
             if mirror is not None:
-                mirror.abandon()
+                mirror.release()
 
     def _head(self, done: set[int]) -> tuple[PackHead, int]:
         """The header, and how many bytes have come with it."""
@@ -175,9 +181,8 @@ class PackDownload:
                 again = True
                 done.clear()
                 continue
-            self._write(0, have)
             if _HEAD not in done:
-                self._partial.note(_HEAD)
+                self._keep(_HEAD, 0, have)
             return head, have
 
     def _bring(
@@ -186,7 +191,7 @@ class PackDownload:
         """Brings one part; `have` bytes of the pack came with its header."""
         here = stop if done else min(max(have, start), stop)
         for last in (False, True):
-            if done and self._mirrored:
+            if done:
                 self._fill(start, stop, from_file=True)
             if here < stop:
                 self._fill(here, stop, from_file=False)
@@ -199,26 +204,65 @@ class PackDownload:
                 logger.warning("%s; it is asked for again", error)
                 here, done = start, False
         if not done:
-            self._write(start, stop)
-            self._partial.note(number)
+            self._keep(number, start, stop)
 
     def _fill(self, start: int, stop: int, from_file: bool) -> None:
         if not from_file:
             self._store.read_into(
                 self._source.key, self._source.etag, start, self._view[start:stop]
             )
-        elif self._mirrored:
+        elif self._writer is not None:
             read_at(self._fd, self._view[start:stop], start)
 
-    def _write(self, start: int, stop: int) -> None:
-        """Nothing to do where memory is the file's own mapping."""
-        at = start
-        while self._mirrored and at < stop:
-            at += os.pwrite(self._fd, self._view[at:stop], at)
+    def _keep(self, number: int, start: int, stop: int) -> None:
+        """A part is in memory, and right: it goes to the file, if that isn't the same."""
+        if self._writer is not None:
+            self._writer.put(number, start, stop)
+        else:
+            self._partial.note(number)
 
     @property
     def _where(self) -> Path:
         return Path(self._source.key)
+
+
+class _Writer:
+    """Writes parts to the file behind the download's back: memory doesn't wait for the disk."""
+
+    def __init__(self, fd: int, view: memoryview, partial: Partial) -> None:
+        self._fd = fd
+        self._view = view
+        self._partial = partial
+        self._parts: queue.SimpleQueue[tuple[int, int, int] | None] = queue.SimpleQueue()
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, name="pack-write", daemon=True)
+        self._thread.start()
+
+    def put(self, number: int, start: int, stop: int) -> None:
+        self._parts.put((number, start, stop))
+
+    def end(self) -> None:
+        """Returns when all is written, or nothing will be."""
+        if self._thread.is_alive():
+            self._parts.put(None)
+            self._thread.join()
+        self._view = memoryview(b"")
+
+    def finish(self) -> None:
+        """`end`. Raises OSError: not all is in the file."""
+        self.end()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            while (part := self._parts.get()) is not None:
+                number, start, stop = part
+                while start < stop:
+                    start += os.pwrite(self._fd, self._view[start:stop], start)
+                self._partial.note(number)
+        except OSError as error:
+            self._error = error
 
 
 def read_at(fd: int, view: memoryview, at: int) -> None:

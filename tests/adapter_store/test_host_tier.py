@@ -145,7 +145,7 @@ def test_what_is_open_stays_and_a_view_is_enough(
         tier.ensure(TENANT, digest)
         assert key(digests[0]) in tier.host_resident()
     tier.remove(key(digests[0]))  # deleted while in use
-    assert key(digests[0]) in tier.resident()
+    assert key(digests[0]) in tier.host_resident()
     assert np.array_equal(view, before)
     del view
     gc.collect()
