@@ -58,7 +58,7 @@ def used(mark: float | None, now: float) -> float:
     if mark is None:
         return now
     # A clock that was set back mustn't make a pack immortal.
-    count = min(2.0 ** ((mark - now) / HALF_LIFE_S), 1e6)
+    count = 2.0 ** min((mark - now) / HALF_LIFE_S, 20.0)
     return now + HALF_LIFE_S * math.log2(1.0 + count)
 
 
