@@ -20,7 +20,12 @@ import boto3.session
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import S3Transfer, TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    HTTPClientError,
+    IncompleteReadError,
+)
 from urllib3.exceptions import HTTPError
 
 from .errors import Conflict, LimitExceeded, NotFound, PreconditionFailed
@@ -242,6 +247,8 @@ class ObjectStore:
                 IfMatch=etag,
             )["Body"]
             for data in body.iter_chunks(CHUNK_BYTES):
+                if len(data) > len(view) - at:
+                    raise HTTPError(f"more of {key} came than the {len(view)} bytes asked for")
                 view[at : at + len(data)] = data
                 at += len(data)
             if at != len(view):
@@ -355,6 +362,6 @@ def _retried(read: Callable[[], T]) -> T:
     for attempt in range(STREAM_ATTEMPTS - 1):
         try:
             return read()
-        except (HTTPClientError, HTTPError, OSError):
+        except (HTTPClientError, IncompleteReadError, HTTPError, OSError):
             time.sleep(random.uniform(0, 0.1 * 2**attempt))
     return read()

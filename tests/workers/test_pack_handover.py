@@ -140,6 +140,7 @@ def test_ranks_open_what_lies_in_the_nodes_memory(store: ObjectStore, tmp_path: 
     assert rank_0.residency.loads == {"s3": 1}
     rank_0.residency.release(0)
     rank_0.residency.purge(rank_0.a.key)
+    rank_0.residency.take_changes()
     rank_0.acquire(rank_0.a)
     assert rank_0.residency.loads == {"s3": 1, "host": 1}
     tier.close()
