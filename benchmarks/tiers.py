@@ -262,6 +262,8 @@ def main() -> None:
         "machine": args.machine,
         "date": date.today().isoformat(),
         "versions": {"python": platform.python_version(), "loraplex": version("loraplex")},
+        "load_average": os.getloadavg()[0],  # beside 2 or so that this run makes itself
+        "cores": os.cpu_count(),
         "pack_bytes": nbytes,
         "part_bytes": PART_BYTES,
         "rounds": args.rounds,
