@@ -305,7 +305,7 @@ def test_no_room_is_an_error_that_names_the_folder(
 
 
 SLOW_FETCH = """
-    import sys, time
+    import sys, threading, time
     from pathlib import Path
     from loraplex.adapter_store import DiskTier, ObjectStore, pack_download
 
@@ -313,17 +313,18 @@ SLOW_FETCH = """
     pack_download.PART_BYTES = 1 << 20
     store = ObjectStore(url, endpoint=endpoint, access_key=access_key, secret_key=secret_key)
     read_into = store.read_into
-    parts = 0
+    parts, lock = 0, threading.Lock()
 
     def slow(key, etag, start, view):
         global parts
-        if parts == 5:
+        with lock:
+            number, parts = parts, parts + 1
+        if number == 5:
             view[: len(view) // 2] = bytes(len(view) // 2)  # a half-written part
             time.sleep(0.5)  # the first five are there by then
             print("half", flush=True)
-        if parts >= 5:
+        if number >= 5:
             time.sleep(60)
-        parts += 1
         read_into(key, etag, start, view)
 
     store.read_into = slow
