@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 SHM = Path("/dev/shm")
 _HEAD_BYTES = 256 << 10
-_COPY_HELPERS = 3  # beside the thread that copies: a few saturate memory and most disks
+_COPY_HELPERS = 7  # beside the thread that copies: fast disks want several reads at a time
 
 
 class HostTier:
