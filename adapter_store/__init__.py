@@ -70,7 +70,7 @@ __all__ = [
 # Store: where adapters, tenants and keys are kept.
 from .catalogue import Catalogue
 from .catalogue_document import BlobNeeded
-from .disk_tier import DiskTier, PackPin
+from .disk_tier import DiskTier
 from .documents import Document, Record
 from .documents import create as create_document
 from .documents import read as read_document
@@ -83,6 +83,7 @@ from .errors import (
     Conflict,
     DocumentError,
     EmbeddedStoreError,
+    FetchCancelled,
     KeyNotFound,
     LimitExceeded,
     LocalDiskError,
@@ -96,9 +97,11 @@ from .errors import (
     TenantNotFound,
     UploadNotFound,
 )
+from .host_tier import HostTier, host_folder
 from .layout import quarantine_keys
 from .model_source import ModelSource
 from .object_store import ObjectInfo, ObjectStore
+from .pins import PackPin
 from .publisher import Publisher
 from .quarantine import UploadSizes, discard_upload, stage_upload
 from .records import (
@@ -109,6 +112,7 @@ from .records import (
     TenantLimits,
     VersionMeta,
 )
+from .repack import Repacker
 from .store_check import Finding, check_store
 from .store_export import export_adapters
 from .store_repair import Repair, carry_out, plan_repairs
@@ -127,7 +131,9 @@ __all__ += [
     "DocumentError",
     "EmbeddedS3",
     "EmbeddedStoreError",
+    "FetchCancelled",
     "Finding",
+    "HostTier",
     "KeyNotFound",
     "KeyRecord",
     "LimitExceeded",
@@ -141,6 +147,7 @@ __all__ += [
     "PreconditionFailed",
     "Publisher",
     "Record",
+    "Repacker",
     "Repair",
     "StoreDenied",
     "StoreError",
@@ -158,6 +165,7 @@ __all__ += [
     "create_document",
     "discard_upload",
     "export_adapters",
+    "host_folder",
     "next_epoch",
     "plan_repairs",
     "quarantine_keys",

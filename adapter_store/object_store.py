@@ -20,7 +20,12 @@ import boto3.session
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import S3Transfer, TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    HTTPClientError,
+    IncompleteReadError,
+)
 from urllib3.exceptions import HTTPError
 
 from .errors import Conflict, LimitExceeded, NotFound, PreconditionFailed
@@ -234,6 +239,35 @@ class ObjectStore:
         with self._translated("read", key):
             _retried(read)
 
+    def read_into(self, key: str, etag: str, start: int, view: memoryview) -> None:
+        """Reads a part of an object, as long as `view`, into memory.
+
+        A body that breaks off is asked for again from where it broke.
+
+        Raises:
+            NotFound. PreconditionFailed: the object has another ETag by now.
+        """
+        at = 0
+
+        def read() -> None:
+            nonlocal at
+            body = self._client.get_object(
+                Bucket=self.bucket,
+                Key=self._prefix + key,
+                Range=f"bytes={start + at}-{start + len(view) - 1}",
+                IfMatch=etag,
+            )["Body"]
+            for data in body.iter_chunks(CHUNK_BYTES):
+                if len(data) > len(view) - at:
+                    raise HTTPError(f"more of {key} came than the {len(view)} bytes asked for")
+                view[at : at + len(data)] = data
+                at += len(data)
+            if at != len(view):
+                raise HTTPError(f"{at} bytes of {key} came where {len(view)} were asked for")
+
+        with self._translated("read", key):
+            _retried(read)
+
     def upload(self, path: Path, key: str) -> None:
         """Writes a file to an object, in one step also when it travels in parts."""
         with self._translated("write", key), self._transfer() as transfer:
@@ -341,6 +375,6 @@ def _retried(read: Callable[[], T]) -> T:
     for attempt in range(STREAM_ATTEMPTS - 1):
         try:
             return read()
-        except (HTTPClientError, HTTPError, OSError):
+        except (HTTPClientError, IncompleteReadError, HTTPError, OSError):
             time.sleep(random.uniform(0, 0.1 * 2**attempt))
     return read()

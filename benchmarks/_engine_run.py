@@ -70,10 +70,13 @@ TINY = Shape(
 class _NoPacks:
     """Adapters are written into the pool: nothing is ever fetched."""
 
-    def ensure(self, tenant_id: str, digest: str) -> tuple[Path, str]:
+    def ensure(self, tenant_id: str, digest: str, wanted: object = None) -> tuple[Path, str]:
         raise KeyError(digest)
 
     def resident(self) -> dict[str, int]:
+        return {}
+
+    def host_resident(self) -> dict[str, int]:
         return {}
 
     def remove(self, key: str) -> None:

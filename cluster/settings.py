@@ -129,6 +129,9 @@ class Settings(BaseSettings):
         2.0, ge=0, description="what open requests get when a group or a gateway is to stop"
     )
     disk_cache_bytes: ByteSize = Field(ByteSize(8 << 30), ge=1 << 20, description="a node's disk")
+    host_cache_bytes: ByteSize = Field(
+        ByteSize(2 << 30), ge=0, description="packs in a node's shared memory, /dev/shm; 0: none"
+    )
 
     # The gateway.
     gateway_replicas: int = Field(1, ge=1, le=256)

@@ -133,6 +133,9 @@ class Engine:
         seq = self._sequences.pop(request_id, None)
         if seq is not None:
             self._scheduler.remove(seq)
+            key = seq.adapter_key
+            if key and all(other.adapter_key != key for other in self._sequences.values()):
+                self._residency.give_up(key)
 
     def has_work(self) -> bool:
         return bool(
@@ -218,6 +221,7 @@ class Engine:
         r.pool_bytes_total = self._runner.pool.total_bytes
         r.pool_bytes_used = self._runner.pool.used_bytes
         r.gpu, r.disk, r.loading = res.resident(), self._packs.resident(), res.loading
+        r.host = self._packs.host_resident()
         r.loads, r.load_seconds, r.load_bytes = dict(res.loads), res.load_seconds, res.load_bytes
         r.load_failures, r.evictions = res.load_failures, res.evictions
         r.compiles_after_ready = len(self._runner.compiles.kernels)

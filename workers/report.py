@@ -27,11 +27,14 @@ class EngineReport:
     pool_bytes_total: int = 0
     pool_bytes_used: int = 0
     gpu: dict[str, int] = field(default_factory=dict)  # resident in the pool: key -> bytes
+    host: dict[str, int] = field(default_factory=dict)  # packs in this node's memory: key -> bytes
     disk: dict[str, int] = field(default_factory=dict)  # packs on this node's disk: key -> bytes
     loading: list[str] = field(default_factory=list)
     prompt_tokens: dict[str, int] = field(default_factory=dict)  # key -> tokens, cumulative
     output_tokens: dict[str, int] = field(default_factory=dict)
-    loads: dict[str, int] = field(default_factory=dict)  # source tier ("disk", "s3") -> count
+    loads: dict[str, int] = field(
+        default_factory=dict
+    )  # source tier ("host", "disk", "s3") -> count
     load_seconds: float = 0.0
     load_bytes: int = 0
     load_failures: int = 0

@@ -98,7 +98,7 @@ class Controller:
         name, now = report.group, self._clock()
         if name not in self._reports:
             engine = report.engine
-            self._unchecked.update(engine.gpu, engine.disk, engine.loading)
+            self._unchecked.update(engine.gpu, engine.host, engine.disk, engine.loading)
         self._reports[name] = (now, report)
         self._newest_seen = max(self._newest_seen, report.seen_epoch)
         self._demand.observe(name, report.engine)
@@ -291,6 +291,7 @@ def _group_status(report: GroupReport, age_s: float, desired: Sequence[str]) -> 
         "pool_bytes_total": engine.pool_bytes_total,
         "pool_bytes_used": engine.pool_bytes_used,
         "resident": dict(engine.gpu),
+        "host": dict(engine.host),
         "disk": dict(engine.disk),
         "loading": list(engine.loading),
         "desired": list(desired),

@@ -187,6 +187,35 @@ def test_a_body_that_breaks_off_is_read_again() -> None:
     assert len(requests) == 2
 
 
+def test_a_part_that_breaks_off_is_gone_on_with_from_there() -> None:
+    data = os.urandom(3 << 20)
+    requests: list[str] = []
+
+    def serve(listener: socket.socket) -> None:
+        for broken in (True, False):
+            connection, _ = listener.accept()
+            with connection:
+                request = connection.recv(65536).decode().lower()
+                asked = request.partition("range: bytes=")[2].partition("\r\n")[0]
+                requests.append(asked)
+                assert 'if-match: "e"' in request
+                start, stop = (int(n) for n in asked.split("-"))
+                body = data[start : stop + 1]
+                head = f"HTTP/1.1 206 Partial Content\r\nContent-Length: {len(body)}\r\n\r\n"
+                connection.sendall(head.encode() + (body[: 3 << 19] if broken else body))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        store = ObjectStore("s3://b", endpoint=endpoint, access_key="a", secret_key="b")
+        view = memoryview(bytearray(len(data) - 100))
+        store.read_into("x", '"e"', 100, view)
+        thread.join()
+    assert view == data[100:]
+    assert requests == [f"100-{len(data) - 1}", f"{100 + (3 << 19)}-{len(data) - 1}"]
+
+
 @pytest.mark.parametrize("url", ["bucket", "http://bucket", "s3://", "s3:bucket"])
 def test_store_urls_are_checked(url: str) -> None:
     with pytest.raises(ValueError, match="s3://bucket"):

@@ -91,7 +91,7 @@ class _Flaky:
     def __init__(self) -> None:
         self.calls = 0
 
-    def ensure(self, tenant_id: str, digest: str):
+    def ensure(self, tenant_id: str, digest: str, wanted: object = None):
         self.calls += 1
         raise OSError("the store is away")
 

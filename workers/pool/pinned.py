@@ -65,7 +65,7 @@ class PinnedMemory:
     def holds_pack(self, pack: Pack) -> bool:
         """Whether the pack's bytes are pinned. The first of those in the node's host tier has
         all of that pinned, unless it was at start: that takes a while."""
-        arena = getattr(pack, "arena", None)
+        arena = pack.arena
         if arena is not None and not self.holds(arena):
             self.register(arena)
         return self.holds(pack.memory)

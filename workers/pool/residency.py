@@ -140,6 +140,11 @@ class Residency:
             if not self._opener.has(ref.key):
                 self._fetcher.start(ref)
 
+    def give_up(self, key: str) -> None:
+        """No request waits for the adapter any more; what the controller desires goes on."""
+        if key not in self._desired:
+            self._fetcher.give_up(key)
+
     def set_desired(self, refs: Iterable[AdapterRef]) -> None:
         """The controller's advice: fetch and load these when there is room, keep them longest."""
         self._desired = {r.key: r for r in refs}
