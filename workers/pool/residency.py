@@ -142,6 +142,7 @@ class Residency:
 
     def give_up(self, key: str) -> None:
         """No request waits for the adapter any more; what the controller desires goes on."""
+        self._wanted.pop(key, None)
         if key not in self._desired:
             self._fetcher.give_up(key)
 
