@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .group import GroupRanks, RankPlacement
     from .handshake import ClientHandshake
     from .model_runner import run_follower
+    from .pace import Pace
     from .pool.packs import PackSource
     from .report import EngineReport, GroupReport
     from .request import (
@@ -69,6 +70,7 @@ _HOME = {
     "ModelFilesInvalid": "errors",
     "ModelUnsupported": "errors",
     "PING_EVERY_S": "wire",
+    "Pace": "pace",
     "PackSource": "pool.packs",
     "PoolFull": "errors",
     "RankPlacement": "group",
@@ -110,6 +112,7 @@ __all__ = [
     "ModelConfig",
     "ModelFilesInvalid",
     "ModelUnsupported",
+    "Pace",
     "PackSource",
     "PoolFull",
     "RankPlacement",

@@ -13,6 +13,7 @@ from ...workers import GroupReport
 from ..rendezvous import rank
 from .board import Board
 from .fill import Moves, even_out, place_missing
+from .host_copies import plan_host
 from .plan import PlacementConfig, Plan
 
 
@@ -58,7 +59,8 @@ def plan(
             max(config.move_bytes_per_tick, largest),
         ),
     )
-    place_missing(board, replicas, relocations, moves, config)
+    leaving = _leaving(groups)
+    place_missing(board, replicas, relocations, moves, leaving, config)
     even_out(board, relocations, moves, config)
 
     desired = {name: tuple(board.ranked(name)) for name in board.names}
@@ -68,7 +70,9 @@ def plan(
             desired[group.group] = tuple(held)
     return Plan(
         desired=desired,
+        host=plan_host(serving, rates, sizes, desired, config),
         placement=_placement(board, serving),
+        near=_near(serving),
         moves=tuple(moves.made),
         replicas=replicas,
         relocations=relocations,
@@ -78,7 +82,7 @@ def plan(
             for key in desired[name]
             if not board.holds(name, key)
         },
-        sizes={key: sizes[key] for key in sorted(demand) if key in sizes},
+        sizes=dict(sorted(sizes.items())),
         credit_bytes=moves.credit_bytes,
     )
 
@@ -90,13 +94,18 @@ def _sizes(
     gpu: dict[str, int] = {}
     disk: dict[str, int] = {}
     for group in groups:
-        for sizes, reported in ((gpu, group.engine.gpu), (disk, group.engine.disk)):
+        engine = group.engine
+        for sizes, reported in ((gpu, engine.gpu), (disk, engine.disk), (disk, engine.host)):
             for key, nbytes in reported.items():
                 sizes[key] = max(nbytes, sizes.get(key, 0))
     # A pool may keep another precision than the packs, and rounds up to its blocks.
     growth = max((gpu[k] / disk[k] for k in gpu if disk.get(k)), default=1.0)
     estimated = {key: int(nbytes * growth) for key, nbytes in disk.items() if key not in gpu}
-    return {k: n for k, n in (estimated | dict(known) | gpu).items() if k in demand or k in gpu}
+    return {
+        k: n
+        for k, n in (estimated | dict(known) | gpu).items()
+        if k in demand or k in gpu or k in disk
+    }
 
 
 def _replicas(
@@ -170,6 +179,24 @@ def _best_first(board: Board, key: str, held: set[str], planned: set[str]) -> li
     if len(groups) < 2:
         return list(groups)
     return sorted(rank(key, groups), key=lambda g: (g not in held, g not in planned))
+
+
+def _leaving(groups: list[GroupReport]) -> frozenset[str]:
+    """Adapters that only draining groups hold."""
+    staying = {key for g in groups if not g.draining for key in g.engine.gpu}
+    draining = {key for g in groups if g.draining for key in g.engine.gpu}
+    return frozenset(draining - staying)
+
+
+def _near(serving: list[GroupReport]) -> dict[str, tuple[str, ...]]:
+    """Groups from whose node an adapter comes soonest: with its pack in memory, else on disk."""
+    near: dict[str, list[str]] = {}
+    disk: dict[str, list[str]] = {}
+    for group in serving:
+        for found, reported in ((near, group.engine.host), (disk, group.engine.disk)):
+            for key in reported:
+                found.setdefault(key, []).append(group.group)
+    return {key: tuple(rank(key, names)) for key, names in (disk | near).items()}
 
 
 def _placement(board: Board, serving: list[GroupReport]) -> dict[str, tuple[str, ...]]:

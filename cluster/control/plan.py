@@ -20,6 +20,9 @@ class PlacementConfig:
         imbalance: how many times the mean load a group must bear before an adapter leaves it.
         move_bytes_per_tick: bytes that groups are asked to load in a tick. What isn't used is
             saved up to one adapter's size, so that big ones can move too.
+        host_copies: nodes whose memory should hold an adapter that is asked for.
+        host_bytes_per_tick: bytes that nodes are asked to bring to memory in a tick, one adapter
+            at least.
         patience_ticks: how long a copy may be on its way. Then it is given up for a tick, which
             lets another group have it, or makes the same one try again.
     """
@@ -30,6 +33,8 @@ class PlacementConfig:
     displace_margin: float = 1.5
     imbalance: float = 1.5
     move_bytes_per_tick: int = 1 << 30
+    host_copies: int = 2
+    host_bytes_per_tick: int = 1 << 30
     patience_ticks: int = 120
 
 
@@ -46,15 +51,18 @@ class Move:
 class Plan:
     """A plan, and what the next one needs to know of it.
 
-    `desired`: group -> adapter keys, the most worth first. `placement`: adapter key -> groups to
-    send its requests to, for the routing table. `moves`: loads newly asked for. `replicas`: copies
+    `desired`: group -> adapter keys, the most worth first. `host`: group -> keys whose packs its
+    node should keep in memory. `near`: key -> groups whose node has its
+    pack. `placement`: adapter key -> groups to send its requests to, for the routing table. `moves`: loads newly asked for. `replicas`: copies
     meant for each adapter. `relocations`: adapter key -> (from, to); both are desired until `to`
     holds it. `waiting`: (adapter key, group) -> ticks that a copy has been on its way.
     `sizes`: bytes in a pool by adapter. `credit_bytes`: unused budget.
     """
 
     desired: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    host: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     placement: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    near: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     moves: tuple[Move, ...] = ()
     replicas: Mapping[str, int] = field(default_factory=dict)
     relocations: Mapping[str, tuple[str, str]] = field(default_factory=dict)
