@@ -148,12 +148,15 @@ class _Link(FrameProtocol):
 
     def _note_load(self, load: Frame) -> None:
         self.load = GroupLoad(
-            float(load["queued"] + load["running"]), load["wait_s"], load["token_s"]
+            float(load["queued"] + load["running"]),
+            load["wait_s"],
+            load["token_s"],
+            self.resident,
         )
 
     def _note_report(self, report: Frame) -> None:
-        self._note_load(report["load"])
         self.resident = frozenset(report["gpu"])
+        self._note_load(report["load"])
 
 
 class GroupConnection:

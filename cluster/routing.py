@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,16 +21,18 @@ class GroupLoad:
         requests: open ones, of all gateways.
         wait_s: expected until a new request's prompt is begun.
         token_s: seconds that a prompt token takes.
+        resident: keys of the adapters in the group's pool.
     """
 
     requests: float
     wait_s: float = 0.0
     token_s: float = 0.0
+    resident: Container[str] = frozenset()
 
     def after(self, prompt_tokens: int) -> GroupLoad:
         """The load with one more request."""
         wait_s = self.wait_s + prompt_tokens * self.token_s
-        return GroupLoad(self.requests + 1, wait_s, self.token_s)
+        return GroupLoad(self.requests + 1, wait_s, self.token_s, self.resident)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +63,15 @@ class RoutingPolicy:
     Args:
         near_bytes_s, far_bytes_s: speed of a load from the node's memory or disk, and from the
             object store; the defaults are `simulate.Hardware`'s disk and store.
-        spill_gain_s: how much sooner than at home a spilled request must be served, for the bytes
-            that it costs.
+        spill_gain_s: how much sooner than at home a request must be served by a group that has to
+            load its adapter, for the bytes that it costs.
     """
 
     bound_factor: float = 1.5
     bound_slack: float = 4.0
     near_bytes_s: float = 2e9
     far_bytes_s: float = 415e6
-    spill_gain_s: float = 0.05
+    spill_gain_s: float = 0.75
 
 
 @dataclass(frozen=True)
@@ -160,16 +162,15 @@ def _placed(
     others = [n for n in placed if not view.overloaded(n)]
     if others:
         return view.quickest(others), "placed"
-    near = frozenset(table.near.get(key, ()))
-    stay_s = view.delay_s(view.quickest(placed)) - view.policy.spill_gain_s
-    # The first of the hash order that will do, not the best of all: requests that spill at the
-    # same time should meet at one copy.
-    for name in sorted(rank(key, names), key=lambda n: n not in near):
-        if name in placed or view.overloaded(name):
-            continue
-        if view.delay_s(name) + view.load_s(key, name in near) < stay_s:
+    home = view.quickest(placed)
+    home_s = view.delay_s(home)
+    # The first that will do, not the best of all: requests that spill at the same time should
+    # meet at one copy.
+    loading = {n: view.load_s(key, n) for n in rank(key, names) if n not in placed}
+    for name in sorted(loading, key=loading.__getitem__):
+        if not view.overloaded(name) and view.delay_s(name) + loading[name] < home_s:
             return name, "spill"
-    return view.quickest(placed), "placed"
+    return home, "placed"
 
 
 class _View:
@@ -196,10 +197,13 @@ class _View:
         load = self._loads[name]
         return load.wait_s + load.token_s * (self.ask.prompt_tokens - self.ask.cached.get(name, 0))
 
-    def load_s(self, key: str, near: bool) -> float:
-        """Seconds that bringing the adapter takes."""
+    def load_s(self, key: str, name: str) -> float:
+        """Seconds that bringing the adapter takes, and what its bytes are worth; 0 where it is."""
+        if key in self._loads[name].resident:
+            return 0.0
+        near = name in self._table.near.get(key, ())
         speed = self.policy.near_bytes_s if near else self.policy.far_bytes_s
-        return self._table.sizes.get(key, 0) / speed
+        return self.policy.spill_gain_s + self._table.sizes.get(key, 0) / speed
 
     def quickest(self, names: Iterable[str]) -> str:
         """The least delay, then the least load. Among equals the prompt decides, so that idle

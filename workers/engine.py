@@ -207,7 +207,8 @@ class Engine:
         r, s, res = self._report, self._scheduler, self._residency
         r.queued, r.running = len(s.waiting), len(s.running)
         r.token_s = self._pace.token_s
-        free_rows = self.config.max_running - r.running
+        r.max_running = self.config.max_running
+        free_rows = r.max_running - r.running
         r.wait_s = self._pace.wait_s(s.prompt_tokens_pending(), r.queued, free_rows)
         r.kv_blocks_total, r.kv_blocks_used = self._kv.total, self._kv.used
         r.preemptions, r.prefix_hit_tokens = s.preemptions, s.prefix_hit_tokens

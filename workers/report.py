@@ -19,6 +19,7 @@ class EngineReport:
     ready_seconds: float = 0.0  # from rank 0's start to the end of its warm-up
     queued: int = 0
     running: int = 0
+    max_running: int = 0  # sequences decoded together
     steps: int = 0
     step_seconds: float = 0.0
     kv_blocks_total: int = 0

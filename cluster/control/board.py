@@ -40,14 +40,20 @@ class Board:
         for name in self.names:
             for key in self._held[name]:
                 self._holders.setdefault(key, set()).add(name)
+        self._near: dict[str, set[str]] = {}
+        for name in self.names:
+            for key in reports[name].host or reports[name].disk:
+                self._near.setdefault(key, set()).add(name)
         self._orders: dict[str, list[str]] = {}
         self._ranked: dict[str, list[str]] = {}
         self._most_free: int | None = None
 
     def order(self, key: str) -> list[str]:
-        """All groups, the adapter's rendezvous-hashed home first."""
+        """All groups as they rank by the adapter's hash, those that have its pack before others."""
         if key not in self._orders:
-            self._orders[key] = rank(key, self.names)
+            near = self._near.get(key, ())
+            ranked = rank(key, self.names)
+            self._orders[key] = sorted(ranked, key=lambda g: g not in near) if near else ranked
         return self._orders[key]
 
     def size(self, key: str, group: str) -> int:

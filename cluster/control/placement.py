@@ -46,8 +46,9 @@ def plan(
     overdue = {copy for copy, age in previous.waiting.items() if age >= config.patience_ticks}
     board = Board(serving, rates, sizes, overdue)
     total = sum(rate for _, rate in sorted(demand.items()))  # sorted: sums round by order
+    busy = previous.busy + (_busy(serving) - previous.busy) / config.busy_ticks
     replicas = {
-        key: _replicas(rate, total, board, key, previous.replicas.get(key, 1), config)
+        key: _replicas(rate, busy * rate / total, board, key, previous.replicas.get(key, 1), config)
         for key, rate in rates.items()
     }
     relocations = _keep(board, replicas, previous, overdue)
@@ -84,6 +85,7 @@ def plan(
         },
         sizes=dict(sorted(sizes.items())),
         credit_bytes=moves.credit_bytes,
+        busy=busy,
     )
 
 
@@ -108,22 +110,28 @@ def _sizes(
     }
 
 
+def _busy(serving: list[GroupReport]) -> float:
+    """How many groups the running and waiting requests would fill."""
+    engines = [g.engine for g in serving]
+    return sum((e.running + e.queued) / e.max_running for e in engines if e.max_running)
+
+
 def _replicas(
     rate: float,
-    total: float,
+    filled: float,
     board: Board,
     key: str,
     count: int,
     config: PlacementConfig,
 ) -> int:
-    """Copies that an adapter should have: its demand in groups' fair shares, rounded up.
+    """Copies that an adapter should have, so that each fills a group by `replica_fill` at most.
 
-    `count` is what the last plan wanted. The band around each step keeps the number from changing
+    `filled`: groups that its requests would fill. `count` is what the last plan wanted. The band around each step keeps the number from changing
     back and forth; it is kept by adapter, so a group that joins or leaves doesn't wipe it out.
     """
     if rate < config.replica_min_rate * (1.0 if count == 1 else 0.5):
         return 1
-    shares = rate / total * len(board.names)
+    shares = filled / config.replica_fill
     while shares > count + config.replica_band:
         count += 1
     while count > 1 and shares < count - 1 - config.replica_band:

@@ -15,7 +15,10 @@ class PlacementConfig:
             until the room is needed.
         replica_min_rate: weighted tokens/s below which an adapter gets no second copy, and below
             which load isn't evened out between groups.
-        replica_band: hysteresis of the number of copies, in groups' fair shares.
+        replica_fill: how much of a group (running and waiting requests to those that it decodes
+            together) one copy's adapter may fill before it gets another.
+        replica_band: hysteresis of the number of copies, in copies.
+        busy_ticks: over how many ticks the groups' load is averaged, for the number of copies.
         displace_margin: how many times the displaced copies' worth a new copy must be worth.
         imbalance: how many times the mean load a group must bear before an adapter leaves it.
         move_bytes_per_tick: bytes that groups are asked to load in a tick. What isn't used is
@@ -29,7 +32,9 @@ class PlacementConfig:
 
     min_rate: float = 0.01
     replica_min_rate: float = 20.0
+    replica_fill: float = 0.6
     replica_band: float = 0.25
+    busy_ticks: float = 10.0
     displace_margin: float = 1.5
     imbalance: float = 1.5
     move_bytes_per_tick: int = 1 << 30
@@ -52,11 +57,12 @@ class Plan:
     """A plan, and what the next one needs to know of it.
 
     `desired`: group -> adapter keys, the most worth first. `host`: group -> keys whose packs its
-    node should keep in memory. `near`: key -> groups whose node has its
-    pack. `placement`: adapter key -> groups to send its requests to, for the routing table. `moves`: loads newly asked for. `replicas`: copies
-    meant for each adapter. `relocations`: adapter key -> (from, to); both are desired until `to`
-    holds it. `waiting`: (adapter key, group) -> ticks that a copy has been on its way.
-    `sizes`: bytes in a pool by adapter. `credit_bytes`: unused budget.
+    node should keep in memory. `placement`: adapter key -> groups to send its requests to, for the
+    routing table. `near`: adapter key -> groups whose node has its pack. `moves`: loads newly asked
+    for. `replicas`: copies meant for each adapter. `relocations`: adapter key -> (from, to); both
+    are desired until `to` holds it. `waiting`: (adapter key, group) -> ticks that a copy has been
+    on its way. `sizes`: bytes in a pool by adapter. `credit_bytes`: unused budget. `busy`: groups
+    that the work at hand would fill, smoothed.
     """
 
     desired: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -69,3 +75,4 @@ class Plan:
     waiting: Mapping[tuple[str, str], int] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     credit_bytes: int = 0
+    busy: float = 0.0

@@ -97,7 +97,9 @@ class SimGroup:
         self._clock, self._ended = clock, ended
         self.pool = SimPool(clock, hardware, sizes, tiers, self._adapter_came)
         self.pace = Pace()
-        self.report = EngineReport(pool_bytes_total=hardware.pool_bytes)
+        self.report = EngineReport(
+            pool_bytes_total=hardware.pool_bytes, max_running=hardware.max_running
+        )
         self.report.gpu = self.pool.resident
         self.report.host, self.report.disk = tiers.host.entries, tiers.disk.entries
         self.report.host_bytes_total = hardware.host_bytes
@@ -133,6 +135,7 @@ class SimGroup:
             requests=self.requests,
             wait_s=self.pace.wait_s(pending, self._waiting, free),
             token_s=self.pace.token_s,
+            resident=self.pool.resident,
         )
 
     def group_report(self) -> GroupReport:
