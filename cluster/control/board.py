@@ -23,8 +23,10 @@ class Board:
         demand: Mapping[str, float],
         sizes: Mapping[str, int],
         barred: AbstractSet[tuple[str, str]] = frozenset(),
+        spare: float = 0.0,
     ) -> None:
-        """`barred`: (adapter key, group) pairs that get no new copy."""
+        """`barred`: (adapter key, group) pairs that get no new copy. `spare`: share of every pool
+        that is left free."""
         reports = {g.group: g.engine for g in groups}
         self.names = sorted(reports)
         self.demand = demand
@@ -32,7 +34,7 @@ class Board:
         self.keys: dict[str, set[str]] = {name: set() for name in self.names}
         self.load = dict.fromkeys(self.names, 0.0)
         self._held = {name: reports[name].gpu for name in self.names}
-        self._capacity = {name: reports[name].pool_bytes_total for name in self.names}
+        self._capacity = {n: int((1 - spare) * reports[n].pool_bytes_total) for n in self.names}
         self._used = dict.fromkeys(self.names, 0)
         self._sizes = sizes
         self._barred = barred

@@ -43,8 +43,11 @@ def plan(
     rates = {
         k: rate for k, rate in sorted(demand.items()) if rate >= config.min_rate and k in sizes
     }
+    spare = _spare(rates, sizes, serving, config)
+    if spare:
+        rates = _worth_planning(rates, sizes, serving, previous, config)
     overdue = {copy for copy, age in previous.waiting.items() if age >= config.patience_ticks}
-    board = Board(serving, rates, sizes, overdue)
+    board = Board(serving, rates, sizes, overdue, spare)
     total = sum(rate for _, rate in sorted(demand.items()))  # sorted: sums round by order
     busy = previous.busy + (_busy(serving) - previous.busy) / config.busy_ticks
     replicas = {
@@ -110,6 +113,45 @@ def _sizes(
     }
 
 
+def _spare(
+    rates: Mapping[str, float],
+    sizes: Mapping[str, int],
+    serving: list[GroupReport],
+    config: PlacementConfig,
+) -> float:
+    """Share of the pools to leave free: none as long as all adapters fit."""
+    capacity = sum(g.engine.pool_bytes_total for g in serving)
+    return config.spare if sum(sizes[key] for key in rates) > capacity else 0.0
+
+
+def _worth_planning(
+    rates: Mapping[str, float],
+    sizes: Mapping[str, int],
+    serving: list[GroupReport],
+    previous: Plan,
+    config: PlacementConfig,
+) -> Mapping[str, float]:
+    """Those of `rates` with most demand per byte, as far as pools reach without their `spare`.
+
+    One that was planned for stays so until its place is worth `displace_margin` times as much to
+    another: demand that rests on a few requests would change the plan with each of them.
+    """
+    capacity = sum(g.engine.pool_bytes_total for g in serving)
+    left = (1 - config.spare) * capacity
+    kept: dict[str, float] = {}
+
+    def value(key: str) -> float:
+        known = config.displace_margin if key in previous.replicas else 1.0
+        return known * rates[key] / max(1, sizes[key])
+
+    for key in sorted(rates, key=lambda k: (-value(k), k)):
+        left -= sizes[key]
+        if left < 0:
+            break
+        kept[key] = rates[key]
+    return dict(sorted(kept.items()))
+
+
 def _busy(serving: list[GroupReport]) -> float:
     """How many groups the running and waiting requests would fill."""
     engines = [g.engine for g in serving]
@@ -126,8 +168,9 @@ def _replicas(
 ) -> int:
     """Copies that an adapter should have, so that each fills a group by `replica_fill` at most.
 
-    `filled`: groups that its requests would fill. `count` is what the last plan wanted. The band around each step keeps the number from changing
-    back and forth; it is kept by adapter, so a group that joins or leaves doesn't wipe it out.
+    `filled`: groups that its requests would fill. `count` is what the last plan wanted. The band
+    around each step keeps the number from changing back and forth; it is kept by adapter, so a
+    group that joins or leaves doesn't wipe it out.
     """
     if rate < config.replica_min_rate * (1.0 if count == 1 else 0.5):
         return 1
@@ -136,8 +179,9 @@ def _replicas(
         count += 1
     while count > 1 and shares < count - 1 - config.replica_band:
         count -= 1
-    able = sum(board.able(key, group) for group in board.names)
-    return max(1, min(count, able))
+    if count > 1:
+        count = min(count, sum(board.able(key, group) for group in board.names))
+    return max(1, count)
 
 
 def _keep(

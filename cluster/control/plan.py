@@ -13,6 +13,9 @@ class PlacementConfig:
     Args:
         min_rate: weighted tokens/s below which an adapter isn't planned for; it stays where it is
             until the room is needed.
+        spare: share of the pools that is left to adapters nobody planned for, once what is asked
+            for exceeds the pools: else every rare adapter's request would push out one that comes
+            back at once.
         replica_min_rate: weighted tokens/s below which an adapter gets no second copy, and below
             which load isn't evened out between groups.
         replica_fill: how much of a group (running and waiting requests to those that it decodes
@@ -31,6 +34,7 @@ class PlacementConfig:
     """
 
     min_rate: float = 0.01
+    spare: float = 0.2
     replica_min_rate: float = 20.0
     replica_fill: float = 0.6
     replica_band: float = 0.25

@@ -31,6 +31,7 @@ class Workload:
         power: S-LoRA's alpha.
         cv: coefficient of variation of each adapter's gaps.
         ranks: (rank, share of the adapters) pairs.
+        rank_16_bytes: of an adapter of rank 16; others in proportion.
         tenants: adapters are dealt out to them in turn.
         base_share: of the requests, for the base model.
         alternate_s: the two halves of the adapters take turns of so many seconds; 0: they don't.
@@ -50,6 +51,7 @@ class Workload:
     power: float | None = None
     cv: float = 1.0
     ranks: tuple[tuple[int, float], ...] = ((16, 1.0),)
+    rank_16_bytes: int = RANK_16_BYTES
     tenants: int = 16
     base_share: float = 0.0
     alternate_s: float = 0.0
@@ -101,7 +103,7 @@ def _adapters(work: Workload, rng: random.Random) -> list[TracedAdapter]:
     ranks, shares = zip(*work.ranks, strict=True)
     drawn = rng.choices(ranks, shares, k=work.adapters)
     return [
-        TracedAdapter(f"t{i % work.tenants:03d}/{i:06d}", RANK_16_BYTES * rank // 16)
+        TracedAdapter(f"t{i % work.tenants:03d}/{i:06d}", work.rank_16_bytes * rank // 16)
         for i, rank in enumerate(drawn)
     ]
 

@@ -116,6 +116,7 @@ class SimGroup:
         self._prefixes: OrderedDict[tuple[str | None, int], int] = OrderedDict()
         self._steps = 0
         self._stretch: _Stretch | None = None
+        self._load: GroupLoad | None = None  # until something changes
         self.alive = True
 
     # What routing and the controller see
@@ -129,6 +130,11 @@ class SimGroup:
         return len(self._prefilling) + len(self._decoding)
 
     def load(self) -> GroupLoad:
+        if self._load is None:
+            self._load = self._load_now()
+        return self._load
+
+    def _load_now(self) -> GroupLoad:
         pending = self._prompt_waiting + sum(r.prefill_left for r in self._prefilling)
         free = self.hardware.max_running - self.running
         return GroupLoad(
@@ -150,6 +156,7 @@ class SimGroup:
 
     def submit(self, run: Run) -> None:
         run.groups.append(self.name)
+        self._load = None
         self._waiting += 1
         self._prompt_waiting += run.request.prompt_tokens + run.done
         self.queue.push(run)
@@ -191,6 +198,7 @@ class SimGroup:
     # Steps
 
     def _begin(self) -> None:
+        self._load = None
         self._admit()
         prompt_tokens = self._prefill_chunk()
         rows = len(self._decoding)
@@ -207,7 +215,7 @@ class SimGroup:
     def _step_ended(self, stretch: _Stretch) -> None:
         if stretch is not self._stretch:
             return  # cut short, or the group died
-        self._stretch = None
+        self._stretch = self._load = None
         self._steps += stretch.steps
         for key, rows in self._rows.items():
             self._count(self.report.output_tokens, key, rows * stretch.steps)
