@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from .cli_adapters import adapters_app
 from .cli_options import Key, Url, connect
+from .cli_simulate import simulate_command
 from .cli_tenants import tenants_app
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(tenants_app, name="tenants")
+app.command("simulate")(simulate_command)
 
 Host = Annotated[
     str | None,

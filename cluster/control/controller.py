@@ -33,7 +33,7 @@ class ControllerConfig:
     group_timeout_s: float = 3.0
     target_timeout_s: float = 15.0
     settle_s: float = 1.5
-    demand_tau_s: float = 15.0
+    demand_tau_s: float = 60.0
     placement: PlacementConfig = field(default_factory=PlacementConfig)
 
 

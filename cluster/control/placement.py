@@ -131,7 +131,8 @@ def _worth_planning(
     previous: Plan,
     config: PlacementConfig,
 ) -> Mapping[str, float]:
-    """Those of `rates` with most demand per byte, as far as pools reach without their `spare`.
+    """The most asked for of `rates`, as far as pools reach without their `spare`: a miss costs an
+    adapter's bytes, so what its place saves per byte is how often it is asked for.
 
     One that was planned for stays so until its place is worth `displace_margin` times as much to
     another: demand that rests on a few requests would change the plan with each of them.
@@ -142,7 +143,7 @@ def _worth_planning(
 
     def value(key: str) -> float:
         known = config.displace_margin if key in previous.replicas else 1.0
-        return known * rates[key] / max(1, sizes[key])
+        return known * rates[key]
 
     for key in sorted(rates, key=lambda k: (-value(k), k)):
         left -= sizes[key]
