@@ -15,6 +15,7 @@ def plan_host(
     demand: Mapping[str, float],
     sizes: Mapping[str, int],
     desired: Mapping[str, Iterable[str]],
+    previous: Mapping[str, tuple[str, ...]],
     config: PlacementConfig,
 ) -> dict[str, tuple[str, ...]]:
     """Adapter keys by group, the most asked for first.
@@ -29,6 +30,7 @@ def plan_host(
             the first of them by name is told for all.
         sizes: bytes of adapters.
         desired: what the plan wants in the groups' pools.
+        previous: the last answer; copies of it that aren't there yet are on their way.
     """
     nodes: dict[str, GroupReport] = {}
     wanted: dict[str, list[str]] = {}  # on GPUs: key -> nodes
@@ -39,7 +41,8 @@ def plan_host(
                 wanted.setdefault(key, []).append(group.host)
     holders: dict[str, list[str]] = {}
     for name, node in nodes.items():
-        for key in node.engine.host:
+        coming = [k for k in previous.get(node.group, ()) if k not in node.engine.host]
+        for key in (*node.engine.host, *coming):
             holders.setdefault(key, []).append(name)
     free = {name: node.engine.host_bytes_total for name, node in nodes.items()}
     kept: dict[str, list[str]] = {name: [] for name in nodes}
@@ -65,7 +68,7 @@ def plan_host(
         for name in dict.fromkeys(order):
             if copies >= config.host_copies or budget <= 0:
                 break
-            if key not in nodes[name].engine.host and nbytes <= free[name]:
+            if name not in holders.get(key, ()) and nbytes <= free[name]:
                 free[name] -= nbytes
                 budget -= nbytes
                 kept[name].append(key)

@@ -43,6 +43,7 @@ def plan(
     rates = {
         k: rate for k, rate in sorted(demand.items()) if rate >= config.min_rate and k in sizes
     }
+    asked_for = rates  # all of it deserves copies in memory
     spare = _spare(rates, sizes, serving, config)
     if spare:
         rates = _worth_planning(rates, sizes, serving, previous, config)
@@ -74,7 +75,7 @@ def plan(
             desired[group.group] = tuple(held)
     return Plan(
         desired=desired,
-        host=plan_host(serving, rates, sizes, desired, config),
+        host=plan_host(serving, asked_for, sizes, desired, previous.host, config),
         placement=_placement(board, serving),
         near=_near(serving),
         moves=tuple(moves.made),
