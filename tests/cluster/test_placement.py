@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from loraplex.cluster.control import PlacementConfig, Plan, plan
 from loraplex.workers import EngineReport, GroupReport
 
-CONFIG = PlacementConfig(move_bytes_per_tick=10_000)
+# Without averages over ticks, and without room left for the unplanned: tests of these set them.
+CONFIG = PlacementConfig(move_bytes_per_tick=10_000, busy_ticks=1.0, spare=0.0)
 
 
 @dataclass
@@ -29,8 +30,13 @@ class Group:
     draining: bool = False
 
     def report(self, disk: dict[str, int] | None = None) -> GroupReport:
+        # As busy as makes a copy's fill its adapter's demand in groups' fair shares.
         engine = EngineReport(
-            pool_bytes_total=self.capacity, gpu=dict(self.gpu), disk=dict(disk or {})
+            running=round(100 * CONFIG.replica_fill),
+            max_running=100,
+            pool_bytes_total=self.capacity,
+            gpu=dict(self.gpu),
+            disk=dict(disk or {}),
         )
         return GroupReport("workers", self.name, "127.0.0.1", 1, 2, self.draining, engine)
 
