@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Literal
@@ -144,6 +144,8 @@ def _cold(
     view: _View, table: RoutingTable, key: str, names: list[str], allowed: set[str]
 ) -> tuple[str, Reason]:
     near = [name for name in table.near.get(key, ()) if name in allowed]
+    if near and not view.overloaded(near[0]):
+        return near[0], "cold"
     order = [*near, *rank(key, names)]
     # At least one group is at or below the mean, so the walk ends inside the list as long as the
     # factor is at least 1.
@@ -166,9 +168,8 @@ def _placed(
     home_s = view.delay_s(home)
     # The first that will do, not the best of all: requests that spill at the same time should
     # meet at one copy.
-    loading = {n: view.load_s(key, n) for n in rank(key, names) if n not in placed}
-    for name in sorted(loading, key=loading.__getitem__):
-        if not view.overloaded(name) and view.delay_s(name) + loading[name] < home_s:
+    for name, load_s in view.by_load_time(key, [n for n in names if n not in placed]):
+        if view.delay_s(name) + load_s < home_s:
             return name, "spill"
     return home, "placed"
 
@@ -197,13 +198,19 @@ class _View:
         load = self._loads[name]
         return load.wait_s + load.token_s * (self.ask.prompt_tokens - self.ask.cached.get(name, 0))
 
-    def load_s(self, key: str, name: str) -> float:
-        """Seconds that bringing the adapter takes, and what its bytes are worth; 0 where it is."""
-        if key in self._loads[name].resident:
-            return 0.0
-        near = name in self._table.near.get(key, ())
-        speed = self.policy.near_bytes_s if near else self.policy.far_bytes_s
-        return self.policy.spill_gain_s + self._table.sizes.get(key, 0) / speed
+    def by_load_time(self, key: str, names: list[str]) -> Iterator[tuple[str, float]]:
+        """Groups that aren't overloaded, and the seconds that the adapter takes to get there and
+        its bytes are worth: where it is (none), then where its pack is, then others; each in the
+        adapter's hash order."""
+        open_to = [n for n in names if self._loads[n].requests <= self._bound]
+        resident = [n for n in open_to if key in self._loads[n].resident]
+        yield from ((n, 0.0) for n in rank(key, resident))
+        nbytes, price_s = self._table.sizes.get(key, 0), self.policy.spill_gain_s
+        near = [n for n in self._table.near.get(key, ()) if n in open_to and n not in resident]
+        yield from ((n, price_s + nbytes / self.policy.near_bytes_s) for n in near)
+        seen = {*resident, *near}
+        far_s = price_s + nbytes / self.policy.far_bytes_s
+        yield from ((n, far_s) for n in rank(key, [n for n in open_to if n not in seen]))
 
     def quickest(self, names: Iterable[str]) -> str:
         """The least delay, then the least load. Among equals the prompt decides, so that idle
