@@ -170,6 +170,7 @@ class Engine:
         self._residency.prefetch()
         outputs: list[TokenOutput] = []
         before, self._flight = self._flight, None
+        read = before  # whose end this call waits for, with overlap
         if before is not None and self._scheduler.may_preempt():
             outputs += self._collect(before)
             before = None
@@ -186,7 +187,8 @@ class Engine:
         if flight is not None or before is not None:
             seconds = time.perf_counter() - started
             self._report.step_seconds += seconds
-            work = [] if flight is None else flight.plan.work
+            timed = read or flight
+            work = [] if timed is None else timed.plan.work
             self._pace.stepped(seconds, sum(w.count for w in work if w.count > 1), self._ended)
             self._ended = 0
         return outputs
