@@ -278,13 +278,14 @@ def test_figures_of_a_run_by_hand():
     assert "<svg" in bars({"x": [summary]}, "p99_ttft_s", "title")
 
 
-def test_the_live_policy_beats_the_others_where_pools_just_suffice():
-    """Alternating load on 8 groups with room for 32 adapters, shortened."""
-    scenario = SCENARIOS["alternating"]
-    trace = generate(replace(scenario.work, duration_s=110.0), 2)
-    ours, *others = compare(trace, scenario.groups, 50.0, 2)
-    assert ours.policy == "loraplex"
-    for other in others:
-        assert ours.p99_ttft_s <= other.p99_ttft_s
-        assert ours.slo_worst_decile >= other.slo_worst_decile
-        assert ours.gpu_gb <= other.gpu_gb
+@pytest.mark.parametrize("name", ["zipf-1", "alternating"])
+def test_the_live_policy_moves_half_of_dynamos_bytes_at_a_better_p99(name):
+    """Where 8 groups have just room for 32 adapters; the other scenarios are a benchmark's."""
+    scenario = SCENARIOS[name]
+    trace = generate(scenario.work, 1)
+    ours, dynamo = compare(
+        trace, scenario.groups, scenario.warmup_s, 1, policies=("loraplex", "dynamo")
+    )
+    assert ours.p99_ttft_s <= dynamo.p99_ttft_s
+    assert ours.slo_worst_decile >= dynamo.slo_worst_decile
+    assert ours.gpu_gb + ours.s3_gb <= (dynamo.gpu_gb + dynamo.s3_gb) / 2
