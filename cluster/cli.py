@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from .cli_adapters import adapters_app
 from .cli_options import Assignments, Config, Key, Url, connect, load_settings
+from .cli_simulate import simulate_command
 from .cli_store import store_app
 from .cli_tenants import tenants_app
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(store_app, name="store")
 app.add_typer(tenants_app, name="tenants")
+app.command("simulate")(simulate_command)
 
 Host = Annotated[
     str | None,

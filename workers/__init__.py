@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .group import GroupRanks, RankPlacement
     from .handshake import ClientHandshake
     from .model_runner import run_follower
+    from .pace import Pace
     from .pool.packs import PackSource
     from .report import EngineReport, GroupReport
     from .request import (
@@ -71,6 +72,7 @@ _HOME = {
     "ModelFilesInvalid": "errors",
     "ModelUnsupported": "errors",
     "PING_EVERY_S": "wire",
+    "Pace": "pace",
     "PackSource": "pool.packs",
     "PoolFull": "errors",
     "RankPlacement": "group",
@@ -113,6 +115,7 @@ __all__ = [
     "ModelConfig",
     "ModelFilesInvalid",
     "ModelUnsupported",
+    "Pace",
     "PackSource",
     "PoolFull",
     "RankPlacement",

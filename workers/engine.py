@@ -20,6 +20,7 @@ from .flight import StepResult, launch
 from .host_state import HostState
 from .kv_blocks import KVBlocks
 from .model_runner import ModelRunner
+from .pace import Pace
 from .planning import Plan, plan_step
 from .pool.packs import PackFetcher, PackSource
 from .pool.residency import Residency
@@ -78,6 +79,8 @@ class Engine:
         )
         model = config.model
         self._grammars = Grammars(config.model_path, model.vocab_size, model.eos_token_ids)
+        self._pace = Pace()
+        self._ended = 0  # sequences, since the last step
         self._sequences: dict[str, Sequence] = {}
         self._flight: _Flight | None = None  # launched, not read
         self._early: list[TokenOutput] = []  # refusals made outside a step
@@ -182,6 +185,7 @@ class Engine:
         self._residency.prefetch()
         outputs: list[TokenOutput] = []
         before, self._flight = self._flight, None
+        read = before  # whose end this call waits for, with overlap
         if before is not None and self._scheduler.may_preempt():
             outputs += self._collect(before)
             before = None
@@ -196,7 +200,12 @@ class Engine:
                 outputs += self._collect(flight)
             self._report.steps += 1
         if flight is not None or before is not None:
-            self._report.step_seconds += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self._report.step_seconds += seconds
+            timed = read or flight
+            work = [] if timed is None else timed.plan.work
+            self._pace.stepped(seconds, sum(w.count for w in work if w.count > 1), self._ended)
+            self._ended = 0
         elif not outputs:
             self._residency.rest(_REST_S)
         return outputs
@@ -216,6 +225,10 @@ class Engine:
     def report(self) -> EngineReport:
         r, s, res = self._report, self._scheduler, self._residency
         r.queued, r.running = len(s.waiting), len(s.running)
+        r.token_s = self._pace.token_s
+        r.max_running = self.config.max_running
+        free_rows = r.max_running - r.running
+        r.wait_s = self._pace.wait_s(s.prompt_tokens_pending(), r.queued, free_rows)
         r.kv_blocks_total, r.kv_blocks_used = self._kv.total, self._kv.used
         r.preemptions, r.prefix_hit_tokens = s.preemptions, s.prefix_hit_tokens
         r.pool_bytes_total = self._runner.pool.total_bytes
@@ -366,6 +379,7 @@ class Engine:
                 counts[seq.owner] = counts.get(seq.owner, 0) + n
 
     def _end(self, seq: Sequence) -> None:
+        self._ended += 1
         del self._sequences[seq.request.request_id]
         self._scheduler.remove(seq)
 

@@ -70,6 +70,10 @@ class Scheduler:
         if seq.flights == 0:
             self._free(seq)
 
+    def prompt_tokens_pending(self) -> int:
+        """Of prompts that wait or are begun: tokens that aren't computed yet."""
+        return sum(s.pending for s in (*self.waiting, *self.running) if s.pending > 1)
+
     def may_preempt(self) -> bool:
         """Whether the next `schedule` might take blocks from a running sequence.
 

@@ -187,6 +187,8 @@ class GroupFront:
             "running": running,
             "free_pool": self.report.pool_bytes_total - self.report.pool_bytes_used,
             "resident_version": self._resident_version,
+            "wait_s": self.report.wait_s,
+            "token_s": self.report.token_s,
         }
 
     def announcement(self) -> Frame:
