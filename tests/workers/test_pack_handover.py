@@ -32,7 +32,9 @@ class OnePackPool:
         return True
 
     def start_load(self, slot: int, pack: Pack, layouts: Layouts) -> Any:
-        return SimpleNamespace(done=True, launched=True, error=None, seconds=0.1)
+        return SimpleNamespace(
+            done=True, launched=True, pinned=False, error=None, seconds=0.1, nbytes=pack.nbytes
+        )
 
     def show(self, slot: int) -> None: ...
     def unload(self, slot: int) -> None: ...
@@ -145,7 +147,9 @@ def test_ranks_open_what_lies_in_the_nodes_memory(store: ObjectStore, tmp_path: 
     pack = Pack.open(rank_0.acquire(rank_0.a))
     assert (pack.digest, pack.arena is not None) == (rank_0.a.digest, True)
     assert rank_0.residency.loads == {"s3": 1}
-    rank_0.residency.release(0)
+    rank_0.residency.settle()
+    slot, _ = rank_0.residency.acquire(rank_0.a)
+    rank_0.residency.release(slot)
     rank_0.residency.purge(rank_0.a.key)
     rank_0.residency.take_changes()
     rank_0.acquire(rank_0.a)
