@@ -217,5 +217,5 @@ class Scheduler:
         seq.blocks = []
         seq.computed = 0
         if seq.slot is not None and seq.slot >= 0:
-            self._residency.release(seq.slot)
+            self._residency.release(seq.slot, drop=seq.purged)
         seq.slot = None

@@ -122,10 +122,16 @@ class Residency:
         resident.fresh = False
         return resident.slot, tier
 
-    def release(self, slot: int) -> None:
-        """Ends one sequence's hold on `slot`."""
+    def release(self, slot: int, drop: bool = False) -> None:
+        """Ends one sequence's hold on `slot`.
+
+        Args:
+            drop: the adapter was purged while the sequence waited for it: it goes with the last
+                that holds it.
+        """
         resident = self._by_slot[slot]
         resident.users -= 1
+        resident.doomed |= drop and resident.users == 0
         self._no_room.clear()
         self._drop_doomed(resident)
 
