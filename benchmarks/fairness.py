@@ -68,10 +68,10 @@ class Adapters:
     def want(self, ref: AdapterRef) -> None:
         pass
 
-    def acquire(self, ref: AdapterRef) -> tuple[int, str]:
+    def acquire(self, ref: AdapterRef, tokens: int) -> tuple[int, str]:
         return self._slots.setdefault(ref.key, len(self._slots)), "gpu"
 
-    def release(self, slot: int) -> None:
+    def release(self, slot: int, drop: bool) -> None:
         pass
 
     def size(self, slot: int) -> tuple[int, int]:

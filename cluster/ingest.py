@@ -121,5 +121,6 @@ def start_ingest(settings: Settings, base_model: BaseModel) -> Any:
         settings,
         base_model.to_json(),
         num_cpus=INGEST_CPUS,
+        resources=settings.control_resources,
         max_concurrency=settings.ingest_concurrency,
     )

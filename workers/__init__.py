@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from .group import GroupRanks, RankPlacement
     from .handshake import ClientHandshake
     from .model_runner import run_follower
+    from .pace import Pace
     from .pool.packs import PackSource
     from .report import EngineReport, GroupReport
     from .request import (
         AdapterRef,
+        ErrorCode,
         FinishReason,
         GenerationRequest,
         Grammar,
@@ -54,6 +56,7 @@ _HOME = {
     "EngineConfig": "config",
     "EngineLike": "engine_process",
     "EngineReport": "report",
+    "ErrorCode": "request",
     "FairQueue": "fair_queue",
     "FinishReason": "request",
     "Frame": "wire",
@@ -72,6 +75,7 @@ _HOME = {
     "ModelFilesInvalid": "errors",
     "ModelUnsupported": "errors",
     "PING_EVERY_S": "wire",
+    "Pace": "pace",
     "PackSource": "pool.packs",
     "PoolFull": "errors",
     "Prices": "fairness",
@@ -100,6 +104,7 @@ __all__ = [
     "EngineConfig",
     "EngineLike",
     "EngineReport",
+    "ErrorCode",
     "FairQueue",
     "FinishReason",
     "Frame",
@@ -116,6 +121,7 @@ __all__ = [
     "ModelConfig",
     "ModelFilesInvalid",
     "ModelUnsupported",
+    "Pace",
     "PackSource",
     "PoolFull",
     "Prices",

@@ -198,7 +198,7 @@ class EngineConfig:
     max_slots: int = 256
     max_lora_rank: int = 64  # on a GPU, whose kernels set aside room for it; 256 at most
     base_fingerprint: str | None = None  # packs made for another base are refused
-    load_threads: int = 4
+    load_threads: int = 16
     # While a request waits for room in the pool, others start until work of this price was done
     # (`fairness.Prices`): some 64 steps of 64 decoding sequences. As much is the credit of a tenant
     # that used less than its share before.

@@ -29,8 +29,13 @@ class _Entry(Generic[T]):
     item: T
     tenant: str
     key: tuple[int, float, int]  # priority, deadline, arrival
-    parked: bool = False  # its adapter is on the way to this node
-    blocked_at: float | None = None  # work done by then (`VirtualTokenCounter.total`)
+    parked: bool = False  # its adapter is on the way
+    # Work done when it first waited for room (`VirtualTokenCounter.total`).
+    blocked_at: float | None = None
+
+    @property
+    def blocked(self) -> bool:
+        return self.blocked_at is not None and not self.parked
 
 
 class FairQueue(Generic[T]):
@@ -87,13 +92,17 @@ class FairQueue(Generic[T]):
         self._leave_if_idle(entry.tenant)
 
     def park(self, item: T) -> None:
-        """It can't start until its adapter is on this node; nobody has to wait for that."""
+        """It can't start until its adapter has come; nobody has to wait for that.
+
+        If it waited for room before, that counts on: the room is taken for its adapter's load, and
+        must not be another's when that has ended.
+        """
         entry = self._entries[item]
-        entry.parked, entry.blocked_at = True, None
+        entry.parked = True
         self._leave_if_idle(entry.tenant)
 
     def ready(self, item: T) -> None:
-        """Its adapter is here. To be said before its tenant is charged for anything."""
+        """Its adapter has come. To be said before its tenant is charged for anything."""
         entry = self._entries[item]
         entry.parked = False
         self._vtc.join(entry.tenant)
@@ -126,8 +135,7 @@ class FairQueue(Generic[T]):
                 continue  # too far ahead: it goes on waiting
             yield entry.item
             tried.add(entry.item)
-            waits = entry.item in self._entries and entry.blocked_at is not None
-            if waits and tenant not in self._passed:
+            if entry.item in self._entries and entry.blocked and tenant not in self._passed:
                 return
         heap = [(*self._vtc.order(tenant), tenant, 0) for tenant in self._tenants]
         heapq.heapify(heap)
@@ -142,7 +150,7 @@ class FairQueue(Generic[T]):
             passed = tenant in self._passed
             if entry.item in self._entries:
                 index += 1
-                if lowest is None and (passed or entry.blocked_at is not None):
+                if lowest is None and (passed or entry.blocked):
                     lowest = self._vtc.counter(tenant)
             if passed:
                 continue

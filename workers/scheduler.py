@@ -84,6 +84,10 @@ class Scheduler:
         if seq.flights == 0:
             self._free(seq)
 
+    def prompt_tokens_pending(self) -> int:
+        """Of prompts that wait or are begun: tokens that aren't computed yet."""
+        return sum(s.pending for s in (*self.waiting, *self.running) if s.pending > 1)
+
     def may_preempt(self) -> bool:
         """Whether the next `schedule` might take blocks from a running sequence.
 
@@ -176,7 +180,7 @@ class Scheduler:
                     self.waiting.pass_over(seq)
                     continue
                 try:
-                    if not self._admit(seq):
+                    if not self._admit(seq, min(seq.pending, budget)):
                         break
                 except Waiting as wait:
                     (self.waiting.block if wait.for_room else self.waiting.park)(seq)
@@ -192,8 +196,11 @@ class Scheduler:
         order = self.vtc.order
         return order(waiting.request.tenant_id) < order(begun.request.tenant_id)
 
-    def _admit(self, seq: Sequence) -> bool:
+    def _admit(self, seq: Sequence, tokens: int) -> bool:
         """Starts a waiting sequence, which then holds its slot and blocks for all its tokens.
+
+        Args:
+            tokens: that this step would compute of it.
 
         Returns:
             False: there aren't blocks enough, so nobody that comes after it gets them either.
@@ -201,7 +208,7 @@ class Scheduler:
         Raises:
             Waiting, or what the adapter's load raised.
         """
-        slot, tier = self._acquire(seq)
+        slot, tier = self._acquire(seq, tokens)
         self.waiting.ready(seq)
         seq.slot = slot
         if slot >= 0:
@@ -252,10 +259,10 @@ class Scheduler:
     def _pay(self, seq: Sequence, price: float) -> None:
         self.vtc.charge(seq.request.tenant_id, price, seq.request.weight)
 
-    def _acquire(self, seq: Sequence) -> tuple[int, str]:
+    def _acquire(self, seq: Sequence, tokens: int) -> tuple[int, str]:
         if seq.request.adapter is None:
             return -1, "base"
-        return self._residency.acquire(seq.request.adapter)
+        return self._residency.acquire(seq.request.adapter, tokens)
 
     def _match_prefix(self, seq: Sequence) -> None:
         if seq.prompt_logprobs is not None:
@@ -309,5 +316,5 @@ class Scheduler:
         seq.blocks = []
         seq.computed = 0
         if seq.slot is not None and seq.slot >= 0:
-            self._residency.release(seq.slot)
+            self._residency.release(seq.slot, drop=seq.purged)
         seq.slot = None

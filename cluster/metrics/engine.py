@@ -86,6 +86,7 @@ class EngineMetrics:
         for tier, count in report.loads.items():
             self._loads.labels(self._group, tier).inc(_delta(count, last.loads.get(tier, 0)))
         self._resident.labels(self._group, "gpu").set(len(report.gpu))
+        self._resident.labels(self._group, "host").set(len(report.host))
         self._resident.labels(self._group, "disk").set(len(report.disk))
         self._loading.labels(self._group).set(len(report.loading))
 

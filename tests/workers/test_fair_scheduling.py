@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from loraplex.workers import AdapterRef, GenerationRequest, SamplingParams
-from loraplex.workers.errors import DeadlinePassed
+from loraplex.workers import AdapterRef, Engine, GenerationRequest, SamplingParams
+from loraplex.workers.errors import DeadlinePassed, WorkerError
 from loraplex.workers.fairness import Prices
 from loraplex.workers.kv_blocks import KVBlocks
 from loraplex.workers.pool.residency import Waiting
 from loraplex.workers.scheduler import Scheduler
 from loraplex.workers.sequence import Sequence
+
+from .conftest import LocalPacks
 
 BLOCK = 4
 
@@ -32,7 +37,7 @@ class Adapters:
     def want(self, ref: AdapterRef) -> None:
         pass
 
-    def acquire(self, ref: AdapterRef) -> tuple[int, str]:
+    def acquire(self, ref: AdapterRef, tokens: int) -> tuple[int, str]:
         t, tier = ref.tenant_id, "gpu"
         if t in self.away:
             raise Waiting(for_room=False)
@@ -47,7 +52,7 @@ class Adapters:
         self.resident[t] += 1
         return sorted(self.sizes).index(t), tier
 
-    def release(self, slot: int) -> None:
+    def release(self, slot: int, drop: bool) -> None:
         self.resident[sorted(self.sizes)[slot]] -= 1
 
     def size(self, slot: int) -> tuple[int, int]:
@@ -324,6 +329,29 @@ def test_thrashing_the_pool_is_paid_for():
     served = [s.request.tenant_id for s in group.ended]
     assert served.count("base") > 2 * max(served.count("x"), served.count("y"))
     assert min(served.count("x"), served.count("y")) > 10
+
+
+def test_a_fetch_ends_with_the_last_request_that_waited_for_it_in_time(demo, greedy):
+    class FarAway(LocalPacks):
+        def ensure(self, tenant_id: str, digest: str, wanted: Any = None) -> tuple[Path, str]:
+            while wanted():
+                time.sleep(0.001)
+            ended.set()
+            raise WorkerError("nobody wants it")
+
+    ended, packs = threading.Event(), FarAway()
+    engine = Engine(demo.config(), packs)
+    ref = AdapterRef("acme", "0" * 64)
+    for name, timeout_s in (("soon", 0.01), ("later", 0.2)):
+        request = greedy(name, [10, 11], max_tokens=2)
+        engine.submit(replace(request, tenant_id="acme", adapter=ref, timeout_s=timeout_s))
+    codes: dict[str, str | None] = {}
+    while engine.has_work():
+        codes |= {out.request_id: out.error_code for out in engine.step()}
+        assert not ended.is_set() or "later" in codes
+    assert codes == dict.fromkeys(("soon", "later"), "deadline_exceeded")
+    assert ended.wait(5)
+    engine.close()
 
 
 def test_the_engines_report_says_who_is_ahead_and_who_waits(make_engine, greedy):

@@ -4,6 +4,7 @@ starves, that nothing idles, and what of it weights, prices, priorities and room
 from __future__ import annotations
 
 import random
+import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -207,6 +208,38 @@ def test_a_cold_tenant_gets_room_however_many_stream_to_a_resident_adapter(seed,
     assert server.work_while_blocked <= slack + 4 * most + most
 
 
+def test_who_waited_for_room_keeps_its_turn_while_its_adapter_loads():
+    """Or others would take the room again when the load has ended, over and over."""
+    vtc = VirtualTokenCounter()
+    queue: FairQueue[str] = FairQueue(vtc, slack=10.0)
+    for i in range(20):
+        queue.add(f"hot{i}", "hot", i)
+    queue.add("cold", "cold", 20)
+    vtc.charge("cold", 5.0, 1.0)  # so that by counters the others go first
+
+    def tried(loading: bool = False) -> list[str]:
+        """One of "hot" starts if it is asked."""
+        items, started = [], False
+        for item in queue.candidates():
+            items.append(item.rstrip("0123456789"))
+            if item == "cold":
+                (queue.park if loading else queue.block)(item)
+            elif started:
+                queue.pass_over(item)
+            else:
+                started = True
+                queue.ready(item)
+                queue.admit(item)
+                vtc.charge("hot", 4.0, weight=100.0)
+        return items
+
+    for _ in range(4):
+        assert tried() == ["hot", "hot", "cold"]
+    assert tried() == ["cold"]  # work worth the slack was done since it waits: nobody passes it
+    assert tried(loading=True) == ["cold", "hot", "hot"]
+    assert tried() == ["cold"]
+
+
 def shares(server: Server, make: dict[str, Callable[[], Job]], rounds: int) -> dict[str, float]:
     """Work done for each tenant while all of them have requests waiting all the time."""
     for _ in range(rounds):
@@ -283,7 +316,7 @@ def test_a_flood_leaves_places_to_start_from_at_once():
     """Whoever else comes now and then starts in the round of its arrival; alone, the flood has
     every place."""
     server = Server(places=20, slack=1000.0, reserve=True)
-    rng = random.Random()
+    rng, flooded = random.Random(), []
     for n in range(300):
         while sum(j.tenant == "flood" for j in server.queue) < 30:
             server.add(Job("flood", steps=10))
@@ -295,9 +328,10 @@ def test_a_flood_leaves_places_to_start_from_at_once():
         if visitor is not None:
             server.add(visitor)
         server.step()
-        if n > 70 and visitor is not None:
-            assert visitor in server.started
-    assert sum(j.tenant == "flood" for j in server.running) >= 15
+        if n > 70:
+            assert visitor is None or visitor in server.started
+            flooded.append(sum(j.tenant == "flood" for j in server.running))
+    assert statistics.mean(flooded) >= 15
 
 
 def test_waiting_for_a_fetch_earns_nothing_either():

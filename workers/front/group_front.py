@@ -18,6 +18,7 @@ from ..engine_process import LinkAddress
 from ..errors import GroupFailed
 from ..rank_watch import WATCH_EVERY_S, RankWatch
 from ..report import EngineReport
+from ..request import ErrorCode, GenerationRequest
 from ..wire import DEAD_AFTER_S, PING_EVERY_S, Frame, encode, error_output
 from .front_links import GatewayLink, RankLink
 from .streams import Client, Output, StreamTable
@@ -154,7 +155,7 @@ class GroupFront:
         for task in self._tasks:
             task.cancel()
 
-    def fail(self, why: str, code: str = "group_failed", ended: int | None = None) -> None:
+    def fail(self, why: str, code: ErrorCode = "group_failed", ended: int | None = None) -> None:
         """The group can't serve any more: ends open streams; `failure` says why from now on.
 
         The ranks' processes are killed, but for `ended`, which ends by itself: the others may hang
@@ -187,6 +188,8 @@ class GroupFront:
             "running": running,
             "free_pool": self.report.pool_bytes_total - self.report.pool_bytes_used,
             "resident_version": self._resident_version,
+            "wait_s": self.report.wait_s,
+            "token_s": self.report.token_s,
         }
 
     def announcement(self) -> Frame:
@@ -217,13 +220,13 @@ class GroupFront:
     def submit(self, link: GatewayLink, request: Mapping[str, Any], credit: int) -> None:
         """Admits a request, or answers it with the reason why not."""
         request_id = request["id"]
-        refusal = self._refusal(request)
+        refusal = self._refusal() or _unreadable(request) or self._tenants_limit(request)
         leader = self._ranks.get(0)
         if refusal or leader is None:
             code, text = refusal or ("draining", "rank 0 isn't connected")
             link.send_batch([error_output(request_id, code, text)], self.load())
             return
-        stream = self._streams.add(link.client, request_id, credit, _tenant(request))
+        stream = self._streams.add(link.client, request_id, credit, request["tenant"])
         leader.send({"t": "submit", "req": {**request, "id": stream.engine_id}})
 
     def abort(self, link: GatewayLink, request_id: str) -> None:
@@ -279,7 +282,7 @@ class GroupFront:
 
     # Inside
 
-    def _refusal(self, request: Mapping[str, Any]) -> tuple[str, str] | None:
+    def _refusal(self) -> tuple[ErrorCode, str] | None:
         if self.failure is not None:
             return "draining", f"the group has failed and will be replaced: {self.failure}"
         if self.draining or self._closing:
@@ -289,24 +292,27 @@ class GroupFront:
                 f"the group has {self._streams.running} requests open, which is its limit; "
                 "try again later"
             )
+        return None
+
+    def _tenants_limit(self, request: Mapping[str, Any]) -> tuple[ErrorCode, str] | None:
+        mine, free = self._streams.running_of(request["tenant"]), self.config.max_open - self.open
         # A continuation takes the place that its tenant had at another group.
-        mine = self._streams.running_of(_tenant(request))
-        free = self.config.max_open - self.open
-        if mine >= free and not request.get("output"):
+        if mine >= free and not request["output"]:
             return "overloaded", (
                 f"you have {mine} requests open at this group, which is your limit while it has "
                 f"{free} places left; wait for some of them to end"
             )
         return None
 
-    def _fail_streams(self, code: str, text: str) -> None:
+    def _fail_streams(self, code: ErrorCode, text: str) -> None:
         self._send_outputs(self._streams.fail_all(code, text))
 
     def _send_outputs(self, outputs: Mapping[Client, list[Output]]) -> None:
         for client, ready in outputs.items():
             link = self._gateways.get(client)
             if ready and link is not None:
-                link.send_batch(ready, self.load())
+                for request_id in link.send_batch(ready, self.load()):
+                    self.abort(link, request_id)
 
     def _abort_in_engine(self, engine_ids: list[str]) -> None:
         leader = self._ranks.get(0)
@@ -345,6 +351,9 @@ class GroupFront:
                     self.fail(wrong)
 
 
-def _tenant(request: Mapping[str, Any]) -> str:
-    """Whose request it is; rank 0 refuses one that doesn't say."""
-    return str(request.get("tenant"))
+def _unreadable(request: Mapping[str, Any]) -> tuple[ErrorCode, str] | None:
+    try:
+        GenerationRequest.from_wire(request)
+    except ValueError as e:
+        return "bad_request", f"the request can't be read: {e}"
+    return None

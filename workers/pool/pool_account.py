@@ -26,10 +26,12 @@ class Layouts:
 
     Attributes:
         nbytes: of its pages, on the rank where they are most.
+        max_rank: the largest of its factors.
     """
 
     of_rank: Mapping[int, BlockLayout]
     nbytes: int
+    max_rank: int
 
 
 class PoolAccount:
@@ -72,11 +74,25 @@ class PoolAccount:
             r: BlockLayout(self._blocks.sizes(layers, r, self._itemsize), self.page)
             for r in self._pages
         }
-        return Layouts(of_rank, max(each.pages for each in of_rank.values()) * self.page_bytes)
+        nbytes = max(each.pages for each in of_rank.values()) * self.page_bytes
+        any_rank = next(iter(self._pages))
+        max_rank = max((self._blocks.blocks(x, any_rank).max_rank for x in layers), default=0)
+        return Layouts(of_rank, nbytes, max_rank)
 
     def has(self, slot: int) -> bool:
         """Whether `slot` holds pages, be it none."""
         return slot in self._runs
+
+    def fits(self, layouts: Layouts, without: Iterable[int] = ()) -> bool:
+        """Whether `take` would find room once the slots of `without` are released."""
+        gone = [self._runs[slot] for slot in without]
+        for ep_rank, layout in layouts.of_rank.items():
+            pages = self._pages[ep_rank].copy()
+            for first, n in (run for runs in gone for run in runs[ep_rank]):
+                pages.release(first, n)
+            if pages.allocate(layout.runs) is None:
+                return False
+        return True
 
     def take(self, slot: int, layouts: Layouts) -> dict[int, list[Run]] | None:
         """Gives `slot` its pages.
