@@ -107,6 +107,7 @@ from .records import (
     TenantLimits,
     VersionMeta,
 )
+from .store_requests import store_requests
 from .sweep import SweepReport, sweep
 
 __all__ += [
@@ -152,6 +153,7 @@ __all__ += [
     "quarantine_keys",
     "read_document",
     "stage_upload",
+    "store_requests",
     "sweep",
     "update_document",
 ]

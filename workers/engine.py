@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from .comm import Comm
 from .config import EngineConfig
+from .engine_account import EngineAccount
 from .errors import AdapterTooLarge, GrammarInvalid
 from .flight import StepResult, launch
 from .host_state import HostState
@@ -78,6 +79,7 @@ class Engine:
             weights_seconds=self._runner.weights_seconds,
             ready_seconds=self._runner.ready_seconds,
         )
+        self._account = EngineAccount(self._report, self._residency, self._kv, self._runner.device)
 
     def submit(self, request: GenerationRequest) -> None:
         """Queues a request. What is wrong with it comes as its output of the next step."""
@@ -207,6 +209,7 @@ class Engine:
         r.loads, r.load_seconds, r.load_bytes = dict(res.loads), res.load_seconds, res.load_bytes
         r.load_failures, r.evictions = res.load_failures, res.evictions
         r.compiles_after_ready = len(self._runner.compiles.kernels)
+        self._account.fill()
         return EngineReport.from_wire(r.to_wire())
 
     def close(self) -> None:
@@ -248,7 +251,9 @@ class Engine:
         Args:
             before: the step whose sampled ids aren't read yet.
         """
-        work, refusals = self._scheduler.schedule()
+        scheduler = self._scheduler
+        self._account.look(scheduler.waiting, len(scheduler.running), self.config.max_batch_tokens)
+        work, refusals = scheduler.schedule()
         refused = [self._refuse(r) for r in refusals]
         carried = before.plan.index_of_draws() if before is not None else {}
         changes = self._residency.take_changes()
@@ -261,6 +266,7 @@ class Engine:
         if not work:
             return None, refused
         flight = _Flight(plan, self._execute(plan), overlaps)
+        self._account.launched(plan)
         for w in work:
             self._scheduler.launched(w)
         for seq in plan.drawing:
@@ -316,6 +322,7 @@ class Engine:
         out = TokenOutput(seq.request.request_id, [token])
         if not seq.started:
             seq.started = True
+            seq.times.first_token_s = time.monotonic()
             out.tier, out.cached_tokens = seq.tier, seq.cached_tokens or 0
             out.prompt_logprobs = seq.prompt_logprobs
             seq.prompt_logprobs = None
@@ -323,6 +330,8 @@ class Engine:
         out.finish_reason = self._finish_reason(seq, token)
         if out.finish_reason is not None:
             self._end(seq)
+            if seq.request.traceparent is not None:
+                out.spans = seq.times.spans(time.monotonic())
         return out
 
     def _finish_reason(self, seq: Sequence, token: int) -> FinishReason | None:

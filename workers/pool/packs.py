@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -44,6 +45,7 @@ class PackFetcher:
         self._source = source
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pack-fetch")
         self._futures: dict[str, Future[tuple[Path, str]]] = {}
+        self.seconds: dict[str, float] = {}  # key -> what its last fetch took; for reports
 
     def start(self, ref: AdapterRef) -> None:
         """Starts a fetch for a new request, unless one runs already or has brought the pack.
@@ -52,9 +54,13 @@ class PackFetcher:
         """
         future = self._futures.get(ref.key)
         if future is None or (future.done() and future.exception() is not None):
-            self._futures[ref.key] = self._pool.submit(
-                self._source.ensure, ref.tenant_id, ref.digest
-            )
+            self._futures[ref.key] = self._pool.submit(self._fetch, ref)
+
+    def _fetch(self, ref: AdapterRef) -> tuple[Path, str]:
+        started = time.perf_counter()
+        found = self._source.ensure(ref.tenant_id, ref.digest)
+        self.seconds[ref.key] = time.perf_counter() - started
+        return found
 
     def poll(self, ref: AdapterRef) -> tuple[Path, str] | None:
         """(path, tier) when the pack is there, None while it comes.

@@ -56,6 +56,8 @@ class Residency:
         self.loads: dict[str, int] = {}
         self.load_seconds = 0.0
         self.load_bytes = 0
+        self.tier_seconds: dict[str, float] = {}  # of fetch and copy, by source
+        self.tier_bytes: dict[str, int] = {}
         self.load_failures = 0
         self.evictions = 0
 
@@ -147,6 +149,15 @@ class Residency:
     def resident(self) -> dict[str, int]:
         return {k: r.nbytes for k, r in self._residents.items()}
 
+    def bytes_of(self, slot: int) -> int:
+        """That the adapter in `slot` takes."""
+        return self._by_slot[slot].nbytes
+
+    @property
+    def active_bytes(self) -> int:
+        """Of adapters that sequences use now."""
+        return sum(r.nbytes for r in self._residents.values() if r.users)
+
     @property
     def loading(self) -> list[str]:
         return self._fetcher.loading
@@ -186,10 +197,16 @@ class Residency:
             raise
         self._pins.append(pin)
         del self._fetched[ref.key]
-        self.loads[tier] = self.loads.get(tier, 0) + 1
-        self.load_seconds += time.perf_counter() - started
-        self.load_bytes += resident.nbytes
+        self._count_load(ref.key, tier, time.perf_counter() - started, resident.nbytes)
         return resident, tier
+
+    def _count_load(self, key: str, tier: str, seconds: float, nbytes: int) -> None:
+        whole = seconds + self._fetcher.seconds.pop(key, 0.0)
+        self.loads[tier] = self.loads.get(tier, 0) + 1
+        self.load_seconds += seconds
+        self.load_bytes += nbytes
+        self.tier_seconds[tier] = self.tier_seconds.get(tier, 0.0) + whole
+        self.tier_bytes[tier] = self.tier_bytes.get(tier, 0) + nbytes
 
     def _check(self, pack: Pack, ref: AdapterRef) -> None:
         if pack.digest != ref.digest:
