@@ -8,12 +8,14 @@ from prometheus_client import CollectorRegistry
 
 from .engine import add_up
 from .instruments import counter, gauge, histogram, set_adapter_gauge, set_gauge
+from .store import StoreRequests
 
 
 class ControllerMetrics:
     """Metrics of the controller; one `tick` call per tick, counts are cumulative."""
 
     def __init__(self, registry: CollectorRegistry, *, top_adapters: int = 50) -> None:
+        StoreRequests(registry)
         self._top_adapters = top_adapters
         self._epoch = gauge("loraplex_controller_epoch", registry)
         self._groups = gauge("loraplex_controller_groups", registry)
