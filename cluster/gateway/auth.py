@@ -22,7 +22,7 @@ UNKNOWN_S = 30.0
 CACHE_KEYS = 20_000
 CACHE_SOURCES = 10_000
 
-_ADMIN_PREFIXES = ("/admin", "/metrics")
+_ADMIN_PREFIXES = ("/admin",)
 _TENANT_PREFIXES = ("/v1",)
 _REASONS = {  # as metrics name them
     "missing_api_key": "missing",
@@ -163,7 +163,7 @@ class Authenticator:
 class AuthMiddleware:
     """Puts the caller into `request.state.caller`, or answers 401, 403 or 429.
 
-    Paths outside of /v1, /admin and /metrics are open.
+    Paths outside of /v1 and /admin are open.
     """
 
     def __init__(self, app: ASGIApp, deps: GatewayDeps, authenticator: Authenticator) -> None:

@@ -16,7 +16,7 @@ from .tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from ...adapter_store import BaseModel, Catalogue
-    from ..metrics import GatewayMetrics, Target
+    from ..metrics import GatewayMetrics
     from ..uploads import Uploads
 
 P = ParamSpec("P")
@@ -64,10 +64,6 @@ class Control(Protocol):
 
     async def purge(self, keys: list[str]) -> None:
         """Tells all groups to drop these adapters (`AdapterRef.key`)."""
-        ...
-
-    async def metrics_targets(self) -> list[Target]:
-        """Every process's exporter."""
         ...
 
 
