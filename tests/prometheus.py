@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,11 @@ def running(folder: Path, metrics_port: int, scrape_s: float = 1.0) -> Iterator[
         process.wait(30)
 
 
-def wait_for(condition: Any, what: str, timeout_s: float = _READY_S) -> None:
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = _READY_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, f"no {what} within {timeout_s:g} s"
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no {what} within {timeout_s:g} s")
         time.sleep(0.2)
 
 

@@ -327,10 +327,8 @@ BOARDS = (
                 "Queue, mean time",
                 (
                     (
-                        _ratio(
-                            _rate("loraplex_engine_queue_seconds_total", _G, "cause"),
-                            f"scalar({_rate(_ADMITTED, _G)})",
-                        ),
+                        _rate("loraplex_engine_queue_seconds_total", _G, "cause")
+                        + f" / scalar(clamp_min({_rate(_ADMITTED, _G)}, 1e-9))",
                         "{{cause}}",
                     ),
                 ),

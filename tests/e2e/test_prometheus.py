@@ -12,7 +12,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.e2e.service import BASE, Service, files_of
+from tests.e2e.service import BASE, Service, Tenant, files_of
 from tests.prometheus import DEPLOY, ROOT, Prometheus, program, running, wait_for
 
 pytestmark = pytest.mark.cluster
@@ -27,21 +27,19 @@ def prometheus(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Ge
         wait_for(
             lambda: {t["labels"]["kind"] for t in server.healthy()} == KINDS, "target of each kind"
         )
-        work(service)
-        yield server
+        with service.tenant(requests_per_minute=2) as tenant:
+            work(service, tenant)
+            yield server
 
 
-def work(service: Service) -> None:
+def work(service: Service, limited: Tenant) -> None:
     """Some of everything: each adapter and the base model, an upload, what is refused."""
-    with service.tenant(requests_per_minute=2) as tenant:
-        tenant.publish("mine", "whaler")
-        config, weights = files_of("whaler")
-        assert tenant.upload("broken", config, weights[:-1]).status_code == 422
-        codes = [
-            tenant.http.post("/v1/completions", json={"model": "mine", "prompt": "a"}).status_code
-            for _ in range(4)
-        ]
-        assert codes.count(429) == 2
+    limited.publish("mine", "whaler")
+    config, weights = files_of("whaler")
+    assert limited.upload("broken", config, weights[:-1]).status_code == 422
+    body = {"model": "mine", "prompt": "a"}
+    codes = [limited.http.post("/v1/completions", json=body).status_code for _ in range(4)]
+    assert codes.count(429) == 2
     wrong = {"authorization": "Bearer wrong"}
     url = f"{service.url}/v1/models"
     assert httpx.get(url, headers=wrong, trust_env=False).status_code == 401
@@ -76,7 +74,7 @@ def test_every_panel_shows_data(prometheus: Prometheus) -> None:
 
     try:
         wait_for(all_there, "data in every panel")
-    except AssertionError:
+    except TimeoutError:
         pytest.fail("no data: " + "\n".join(f"{title}: {expr}" for title, expr in missing))
 
 
