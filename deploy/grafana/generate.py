@@ -33,8 +33,9 @@ from grafana_foundation_sdk.models.dashboard import (
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 OUT = Path(__file__).parent / "dashboards"
 TAG = "loraplex"
-STAT_SIZE = (4, 4)  # width of 24, height
-PANEL_SIZE = (8, 8)
+COLUMNS = 24
+FIGURE_HEIGHT = 4
+PANEL_SIZE = (8, 8)  # columns, height
 LINE_FILL, AREA_FILL = 10, 60  # percent of opacity below a line, of a stacked area
 
 
@@ -64,7 +65,8 @@ def build(board: Board) -> str:
     number = 0
     for figure in board.figures:
         number += 1
-        made = made.with_panel(_figure_panel(figure, number))
+        width = COLUMNS // len(board.figures)  # they fill a row
+        made = made.with_panel(_figure_panel(figure, number, width))
     for chart in (*board.charts, *metric_charts(board)):
         number += 1
         made = made.with_panel(_chart_panel(chart, number))
@@ -88,8 +90,7 @@ def _query(expr: str, legend: str, ref: str) -> prometheus.Dataquery:
     return query.legend_format(legend) if legend else query
 
 
-def _figure_panel(figure: Figure, number: int) -> stat.Panel:
-    width, height = STAT_SIZE
+def _figure_panel(figure: Figure, number: int, width: int) -> stat.Panel:
     return (
         stat.Panel()
         .id(number)
@@ -98,7 +99,7 @@ def _figure_panel(figure: Figure, number: int) -> stat.Panel:
         .datasource(SOURCE)
         .unit(figure.unit)
         .span(width)
-        .height(height)
+        .height(FIGURE_HEIGHT)
         .reduce_options(ReduceDataOptions().calcs(["lastNotNull"]))
         .with_target(_query(figure.expr, "", "A"))
     )
