@@ -254,4 +254,21 @@ ENGINE = (
         "Memory of rank 0's GPU in use, by whomever; 0 on CPUs.",
         ("group",),
     ),
+    Metric(
+        "loraplex_engine_tenant_lead_tokens",
+        "gauge",
+        "tokens",
+        "group",
+        "Virtual tokens that a tenant was served above the floor of the fair queue, of those with "
+        "waiting requests first.",
+        ("group", "tenant"),
+    ),
+    Metric(
+        "loraplex_engine_tenant_waiting_requests",
+        "gauge",
+        "requests",
+        "group",
+        "Waiting requests of a tenant, of the same tenants.",
+        ("group", "tenant"),
+    ),
 )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from prometheus_client import CollectorRegistry, Counter
 
 from ...workers import EngineReport
-from .instruments import BoundedSeries, Key, counter, gauge, set_adapter_gauge
+from .instruments import BoundedSeries, Key, counter, gauge, set_top_gauge
 from .metric import TIERS
 from .store import StoreRequests
 
@@ -85,6 +85,10 @@ class EngineMetrics:
         self._counters = {f: counter(n, registry).labels(group) for f, n in _COUNTERS.items()}
         self._prompt = counter("loraplex_engine_prompt_tokens_total", registry)
         self._output = counter("loraplex_engine_output_tokens_total", registry)
+        self._of_tenant = {
+            "tenant_leads": gauge("loraplex_engine_tenant_lead_tokens", registry),
+            "tenants_waiting": gauge("loraplex_engine_tenant_waiting_requests", registry),
+        }
         self._by_label = {f: counter(n, registry) for f, (n, _) in _BY_LABEL.items()}
         for name, (_, values) in _BY_LABEL.items():
             for value in values:
@@ -120,7 +124,10 @@ class EngineMetrics:
         for tenant, adapter in self._adapters.kept() - held:
             if adapter != "base":
                 self._adapters.leave(tenant, adapter)
-        set_adapter_gauge(self._bytes, here, (self._group,), self._top_adapters)
+        for name, metric in self._of_tenant.items():
+            figures = {(tenant,): float(n) for tenant, n in getattr(report, name).items()}
+            set_top_gauge(metric, figures, (self._group,), self._top_adapters)
+        set_top_gauge(self._bytes, here, (self._group,), self._top_adapters)
         self._last = report
 
     def _store_requests(self) -> dict[tuple[str, str], int]:

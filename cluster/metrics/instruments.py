@@ -150,12 +150,13 @@ class BoundedSeries:
             metric.remove(*self._prefix, *key)
 
 
-def set_adapter_gauge(metric: Gauge, values: Mapping[Key, float], prefix: Key, limit: int) -> None:
+def set_top_gauge(metric: Gauge, values: Mapping[Key, float], prefix: Key, limit: int) -> None:
     """Makes a gauge show exactly `values`: the `limit` largest, the rest added up as "other"."""
     ranked = sorted(values.items(), key=lambda item: (-item[1], item[0]))
     shown = {(*prefix, *key): value for key, value in ranked[:limit]}
     if len(ranked) > limit:
-        shown[(*prefix, OTHER, OTHER)] = sum(value for _, value in ranked[limit:])
+        others = (OTHER,) * len(ranked[0][0])
+        shown[(*prefix, *others)] = sum(value for _, value in ranked[limit:])
     set_gauge(metric, shown)
 
 

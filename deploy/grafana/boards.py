@@ -45,6 +45,8 @@ class Board:
 
 _GROUP = ("group", "loraplex_engine_queued_requests")
 _TENANT = ("tenant", "loraplex_gateway_generations_total")
+# Groups know tenants by their ids, gateways by their names.
+_TENANT_ID = ("tenant", "loraplex_engine_prompt_tokens_total")
 _G = '{group=~"$group"}'
 _T = '{tenant=~"$tenant"}'
 
@@ -190,7 +192,7 @@ BOARDS = (
         "adapter",
         "Loraplex: adapters",
         "Which adapters are used, where they lie and what it costs to bring them in.",
-        (_GROUP, _TENANT),
+        (_GROUP, _TENANT_ID),
         (
             Figure(
                 "Pool in use",

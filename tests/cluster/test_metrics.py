@@ -127,6 +127,8 @@ def full_report(**changes) -> EngineReport:
         "tier_load_seconds": {"s3": 0.5},
         "tier_load_bytes": {"s3": 300},
         "store_requests": {"GetObject/ok": 3},
+        "tenant_leads": {"acme": 12.5},
+        "tenants_waiting": {"acme": 2},
     }
     return EngineReport(**(fields | changes))
 

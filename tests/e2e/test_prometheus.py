@@ -49,6 +49,10 @@ def work(service: Service, limited: Tenant) -> None:
         list(threads.map(lambda job: job[0].text(job[1], "It was", max_tokens=24), jobs))
 
 
+# Nobody is ahead of others where nobody waits.
+MAY_BE_EMPTY = ("loraplex_engine_tenant_lead_tokens", "loraplex_engine_tenant_waiting_requests")
+
+
 def panels() -> list[tuple[str, str]]:
     """(panel, expression) of all dashboards, as Grafana would send them."""
     found = []
@@ -63,7 +67,11 @@ def panels() -> list[tuple[str, str]]:
 
 
 def test_every_panel_shows_data(prometheus: Prometheus) -> None:
-    missing = dict.fromkeys(panels())
+    missing = {
+        (title, expr): None
+        for title, expr in panels()
+        if not any(name in expr for name in MAY_BE_EMPTY)
+    }
     assert len(missing) > 60
 
     def all_there() -> bool:
