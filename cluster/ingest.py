@@ -22,6 +22,7 @@ from ..adapter_store import (
 )
 from .adapter_json import version_json
 from .errors import ActorUnavailable
+from .logs import configure_logs
 from .metrics import IngestMetrics, Target, new_registry, serve_metrics
 from .named_actors import CONTROLLER_NAME, INGEST_NAME, NamedActor, start_named
 from .settings import Settings
@@ -102,6 +103,7 @@ class IngestActor(IngestWorker):
     """The worker with its metrics port."""
 
     def __init__(self, settings: Settings, base_model: str) -> None:
+        configure_logs(settings.logs, "ingest")
         super().__init__(settings, base_model)
         token = settings.metrics_token
         port, _ = serve_metrics(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapter_store import BaseModel, ModelSource
 from .errors import SettingsError
+from .logs import LogConfig, configure_logs
 from .model import model_source
 from .settings import Settings
 
@@ -30,6 +31,7 @@ class RankProgram:
         store: arguments of `ObjectStore`.
         disk_dir: folder of the node's packs.
         disk_bytes: how much of it packs may fill.
+        logs: of the ranks' processes.
     """
 
     config: EngineConfig
@@ -37,17 +39,20 @@ class RankProgram:
     store: dict[str, Any] = field(repr=False)
     disk_dir: Path
     disk_bytes: int
+    logs: LogConfig = field(default_factory=LogConfig)
 
     def build(self, rendezvous: str) -> EngineLike:
         from ..adapter_store import DiskTier, ObjectStore
         from ..workers import Engine
 
+        configure_logs(self.logs, "engine")
         packs = DiskTier(self.disk_dir, ObjectStore(**self.store), self.disk_bytes)
         return Engine(self._config(rendezvous), packs)
 
     def follow(self, rank: int, rendezvous: str) -> None:
         from ..workers import run_follower
 
+        configure_logs(self.logs, "engine")
         run_follower(self._config(rendezvous), rank)
 
     def _config(self, rendezvous: str) -> EngineConfig:
@@ -92,7 +97,12 @@ def rank_program(settings: Settings, base: BaseModel, threads: int) -> RankProgr
         **values,
     )
     return RankProgram(
-        config, model, settings.store_options(), settings.disk_dir, settings.disk_cache_bytes
+        config,
+        model,
+        settings.store_options(),
+        settings.disk_dir,
+        settings.disk_cache_bytes,
+        settings.logs,
     )
 
 

@@ -72,6 +72,8 @@ def build_apps(settings: Settings) -> list[serve.RunTarget]:
         metrics_token=token.get_secret_value() if token else None,
         step_timeout_s=settings.step_timeout_s,
         drain_timeout_s=DRAIN_S,
+        logs=settings.logs,
+        trace_endpoint=settings.trace_endpoint,
     )
     gateway = Gateway.options(
         num_replicas=settings.gateway_replicas,

@@ -7,6 +7,7 @@ what turns out to have ended has one token computed in vain, which nobody sees.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -29,6 +30,8 @@ from .sampling.grammar import Grammars
 from .scheduler import Refusal, Scheduler
 from .sequence import Sequence
 from .step import Step
+
+log = logging.getLogger(__name__)
 
 _COMPILE_S = 10.0  # that a request's grammar may take, waiting for others' included
 _REST_S = 0.002  # of a step that has nothing to do until a grammar is compiled
@@ -240,7 +243,9 @@ class Engine:
         return None
 
     def _refuse(self, refusal: Refusal) -> TokenOutput:
-        del self._sequences[refusal.seq.request.request_id]
+        request = refusal.seq.request
+        log.warning("request refused: %s", refusal.error, extra=request.log_fields)
+        del self._sequences[request.request_id]
         too_large = isinstance(refusal.error, AdapterTooLarge)
         code = "adapter_too_large" if too_large else "adapter_load_failed"
         return _failed(refusal.seq.request.request_id, code, str(refusal.error))
@@ -297,6 +302,7 @@ class Engine:
                 continue
             seq.unread -= 1
             if not finite:
+                log.error("the output isn't finite", extra=seq.request.log_fields)
                 self._end(seq)
                 outputs.append(
                     _failed(

@@ -116,6 +116,15 @@ class GenerationRequest:
     output_ids: tuple[int, ...] = ()
     traceparent: str | None = None  # W3C trace context; None: nobody traces this request
 
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """`extra` of log lines: the HTTP request's id, which this one's begins with, and whose."""
+        return {
+            "request_id": self.request_id.rpartition(".")[0] or self.request_id,
+            "tenant": self.tenant_id,
+            "digest": self.adapter.digest if self.adapter else "base",
+        }
+
     def to_wire(self) -> dict[str, Any]:
         msg: dict[str, Any] = {
             "id": self.request_id,

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...adapter_store import StoreUnavailable, TenantNotFound
 from ..errors import ApiError
 from ..limiter import Rates, TokenBucket
+from ..logs import add_log_fields
 from .answers import error_response, store_unavailable
 from .deps import GatewayDeps
 from .freshness import GenerationWatch, Stamp
@@ -180,6 +181,7 @@ class AuthMiddleware:
                 await error_response(error)(scope, receive, send)
                 return
             scope.setdefault("state", {})["caller"] = caller
+            add_log_fields(tenant=caller.tenant_name or "admin")
         await self._app(scope, receive, send)
 
     async def _admit(self, scope: Scope, area: str) -> Caller:

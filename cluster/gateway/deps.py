@@ -17,6 +17,7 @@ from .tokenizer import TextTokenizer
 if TYPE_CHECKING:
     from ...adapter_store import BaseModel, Catalogue
     from ..metrics import GatewayMetrics
+    from ..tracing import Tracer
     from ..uploads import Uploads
 
 P = ParamSpec("P")
@@ -85,6 +86,7 @@ class GatewayDeps:
     limits: Limits
     control: Control
     metrics: GatewayMetrics
+    tracer: Tracer | None = None
     background: list[Callable[[], Any]] = field(default_factory=list)
     threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store")

@@ -6,6 +6,7 @@ pool takes the same steps in the same order.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from ..request import AdapterRef
 from ..step import SlotChange
 from .adapter_pool import AdapterPool
 from .packs import HANDOVER_S, PackFetcher, close_later
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -202,6 +205,9 @@ class Residency:
 
     def _count_load(self, key: str, tier: str, seconds: float, nbytes: int) -> None:
         whole = seconds + self._fetcher.seconds.pop(key, 0.0)
+        tenant, _, digest = key.partition("/")
+        extra = {"tenant": tenant, "digest": digest, "seconds": round(whole, 4)}
+        log.info("adapter loaded from %s, %d bytes", tier, nbytes, extra=extra)
         self.loads[tier] = self.loads.get(tier, 0) + 1
         self.load_seconds += seconds
         self.load_bytes += nbytes
