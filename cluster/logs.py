@@ -31,7 +31,8 @@ def configure_logs(config: LogConfig, component: str) -> None:
     Args:
         component: "gateway", "group", "engine", "controller" or "ingest".
     """
-    handler = logging.StreamHandler(sys.stderr)
+    # Ray Serve puts a logger of its own in place of sys.stderr, which drops what isn't a warning.
+    handler = logging.StreamHandler(sys.__stderr__ or sys.stderr)
     handler.setFormatter(
         JsonFormatter(component) if config.format == "json" else TextFormatter(_TEXT)
     )

@@ -47,19 +47,20 @@ class EngineAccount:
 
     def launched(self, plan: Plan) -> None:
         """A step is on its way."""
-        now, report = time.monotonic(), self._report
-        slots: set[int] = set()
+        report = self._report
         for w in plan.work:
-            seq = w.seq
-            report.step_tokens += w.count
-            if seq.slot is not None and seq.slot >= 0:
-                slots.add(seq.slot)
-            if not seq.times.admitted_s:
-                tier = seq.tier or "base"
-                report.admissions[tier] = report.admissions.get(tier, 0) + 1
-            self._queue.admitted(now, seq)
+            if not w.seq.times.in_batch:
+                self._admitted(w.seq)
+        report.step_tokens += sum([w.count for w in plan.work])
+        slots = {s.slot for s in plan.step.sequences} - {-1}
         report.step_adapters += len(slots)
         report.step_adapter_bytes += sum(map(self._residency.bytes_of, slots))
+
+    def _admitted(self, seq: Sequence) -> None:
+        if not seq.times.admitted_s:
+            tier = seq.tier or "base"
+            self._report.admissions[tier] = self._report.admissions.get(tier, 0) + 1
+        self._queue.admitted(time.monotonic(), seq)
 
     def fill(self) -> None:
         """Brings the report up to date."""

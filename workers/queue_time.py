@@ -13,7 +13,7 @@ from typing import get_args
 from .request_times import Cause
 from .sequence import Sequence
 
-SAMPLE_S = 0.02
+SAMPLE_S = 0.05
 
 
 class QueueTime:
@@ -35,23 +35,20 @@ class QueueTime:
         for seq in waiting:
             why = cause(seq)
             self._book(seq, now, why)
-            seq.times.waits_for = why
+            seq.times.waits_for, seq.times.in_batch = why, False
 
     def admitted(self, now: float, seq: Sequence) -> None:
-        """A sequence is in the batch; to be called whenever that may be news."""
+        """A sequence that isn't `in_batch` by its times has come into it."""
         times = seq.times
-        if times.admitted_s and times.waits_for is None:
-            return
         unseen: Cause = "batch" if seq.tier in (None, "base", "gpu") else "adapter"
         self._book(seq, now, times.waits_for or unseen)
         times.admitted_s = times.admitted_s or now
-        times.waits_for = None
+        times.waits_for, times.in_batch = None, True
 
     def _book(self, seq: Sequence, now: float, cause: Cause) -> None:
         times = seq.times
         # A preempted one that is seen in the queue for the first time has run until lately.
-        back = times.admitted_s > 0 and times.waits_for is None
-        seconds = 0.0 if back else now - times.counted_s
+        seconds = 0.0 if times.in_batch else now - times.counted_s
         times.counted_s = now
         self.seconds[cause] += seconds
         if cause in ("adapter", "pool") and not times.admitted_s:

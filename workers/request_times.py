@@ -20,6 +20,7 @@ class RequestTimes:
     waits_for: Cause | None = None  # as of the last look at the queue
     load_s: float = 0.0  # waited for the adapter, or for room for it
     admitted_s: float = 0.0  # the first time; a preempted request is admitted again
+    in_batch: bool = False  # until it is seen in the queue again
     first_token_s: float = 0.0
 
     def __post_init__(self) -> None:
