@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
+import sys
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -133,3 +136,15 @@ def test_promtool_finds_nothing_wrong(check: list[str]) -> None:
         [program("promtool"), "check", kind, str(DEPLOY / file)], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_dashboards_can_be_drawn_without_grafana(
+    prometheus: Prometheus, tmp_path: Path
+) -> None:
+    out = tmp_path / "boards.svg"
+    names = [board.stem for board in BOARDS]
+    options = ["--prometheus", prometheus.url, "--minutes", "1", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "deploy/grafana/render.py"), *names, *options]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    subprocess.run(command, check=True, env=env)
+    assert out.read_text().count("<polyline") > len(panels()) / 2
