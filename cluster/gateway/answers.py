@@ -105,9 +105,10 @@ def install_error_handlers(app: FastAPI, metrics: GatewayMetrics) -> None:
 
     async def answer(request: Request, error: Exception) -> Response:
         caller = getattr(request.state, "caller", None)
-        if isinstance(error, LimitExceeded) and caller is not None:
-            metrics.limit_hit(caller.tenant_name, error.limit)
-        return error_response(_translate(error))
+        told = _translate(error)
+        if told.code == "limit_exceeded" and told.param is not None and caller is not None:
+            metrics.limit_hit(caller.tenant_name, told.param)
+        return error_response(told)
 
     for kind in (
         ApiError,

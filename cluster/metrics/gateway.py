@@ -11,7 +11,6 @@ from .instruments import BoundedSeries, counter, gauge, histogram
 from .metric import TIERS
 from .store import StoreRequests
 
-LIMITS = ("requests", "tokens", "adapters", "upload_bytes")
 AUTH_REASONS = ("missing", "unknown", "throttled", "forbidden", "store")
 ROUTING_REASONS = ("base", "placed", "cold", "spill")
 
@@ -91,7 +90,8 @@ class GatewayMetrics:
             self._output.labels(*labels).inc(output)
 
     def limit_hit(self, tenant: str, limit: str) -> None:
-        """A tenant's limit refused a request; one of LIMITS."""
+        """A tenant's limit refused a request: "requests" or "tokens" (a minute), or a name of
+        `TenantLimits` ("max_adapters", "max_bytes")."""
         self._limits.labels(*self._limited.labels(tenant, limit, weight=1)).inc()
 
     def auth_failure(self, reason: str) -> None:

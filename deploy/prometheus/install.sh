@@ -19,11 +19,11 @@ done
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 cd "$scratch"
-if ! timeout 120 apt-get -qq download prometheus 2>log; then
+if ! timeout 40 apt-get -qq -o Acquire::Retries=0 -o Acquire::http::Timeout=10 download prometheus 2>log; then
   # The package lists are missing or old; lists of our own need no root.
   mkdir -p lists/partial
-  { timeout 120 apt-get -qq -o Dir::State::lists="$PWD/lists" update &&
-    timeout 120 apt-get -qq -o Dir::State::lists="$PWD/lists" download prometheus; } 2>>log || {
+  { timeout 40 apt-get -qq -o Acquire::Retries=0 -o Acquire::http::Timeout=10 -o Dir::State::lists="$PWD/lists" update &&
+    timeout 40 apt-get -qq -o Acquire::Retries=0 -o Acquire::http::Timeout=10 -o Dir::State::lists="$PWD/lists" download prometheus; } 2>>log || {
     cat log >&2
     echo "the package prometheus can't be downloaded" >&2
     exit 1
