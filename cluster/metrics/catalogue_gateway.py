@@ -48,8 +48,8 @@ GATEWAY = (
         "counter",
         "requests",
         "tenant",
-        "Requests refused because a tenant's limit was reached (requests or tokens a minute, number "
-        "or bytes of adapters).",
+        "Requests refused because a tenant's limit was reached (requests or tokens a minute, "
+        "number or bytes of adapters).",
         ("tenant", "limit"),
     ),
     Metric(
