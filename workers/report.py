@@ -37,8 +37,8 @@ class EngineReport:
     load_failures: int = 0
     evictions: int = 0
     prefix_hit_tokens: int = 0
-    # Tenants' virtual token counters above the floor, to which a newcomer is lifted: of at most
-    # REPORTED_TENANTS, first of those with waiting requests, then of those furthest ahead.
+    # How far tenants' virtual token counters are above a newcomer's: of at most REPORTED_TENANTS,
+    # first of those with waiting requests, then of those furthest ahead.
     tenant_leads: dict[str, float] = field(default_factory=dict)
     tenants_waiting: dict[str, int] = field(default_factory=dict)  # of the same: waiting requests
     compiles_after_ready: int = 0  # kernels of rank 0 that requests had to wait for
