@@ -25,7 +25,7 @@ from .errors import (
 from .make_pack import PackInfo, make_pack
 from .names import check_name, split_version
 from .pack import Pack
-from .pack_layout import PACK_VERSION, DenseEntry, ExpertEntry, PackLayer
+from .pack_layout import PACK_VERSION, DenseEntry, ExpertEntry, LayerSpans, PackLayer, Span
 from .pack_writer import write_pack
 from .peft_format import AdapterFormat, LoadedAdapter, load_adapter
 from .quoting import show
@@ -46,6 +46,7 @@ __all__ = [
     "ExpertEntry",
     "ExpertFactors",
     "InvalidName",
+    "LayerSpans",
     "LoadedAdapter",
     "LoraFactors",
     "Pack",
@@ -54,6 +55,7 @@ __all__ = [
     "PackLayer",
     "PackLayoutError",
     "PackVersionError",
+    "Span",
     "adapter_digest",
     "canonical_adapter",
     "canonical_layer",
@@ -68,7 +70,7 @@ __all__ = [
 # Store: where adapters, tenants and keys are kept.
 from .catalogue import Catalogue
 from .catalogue_document import BlobNeeded
-from .disk_tier import DiskTier, PackPin
+from .disk_tier import DiskTier
 from .documents import Document, Record
 from .documents import create as create_document
 from .documents import read as read_document
@@ -81,6 +83,7 @@ from .errors import (
     Conflict,
     DocumentError,
     EmbeddedStoreError,
+    FetchCancelled,
     KeyNotFound,
     LimitExceeded,
     LocalDiskError,
@@ -94,9 +97,11 @@ from .errors import (
     TenantNotFound,
     UploadNotFound,
 )
+from .host_tier import HostTier, host_folder
 from .layout import quarantine_keys
 from .model_source import ModelSource
 from .object_store import ObjectInfo, ObjectStore
+from .pins import PackPin
 from .publisher import Publisher
 from .quarantine import UploadSizes, discard_upload, stage_upload
 from .records import (
@@ -107,6 +112,10 @@ from .records import (
     TenantLimits,
     VersionMeta,
 )
+from .repack import Repacker
+from .store_check import Finding, check_store
+from .store_export import export_adapters
+from .store_repair import Repair, carry_out, plan_repairs
 from .store_requests import store_requests
 from .sweep import SweepReport, sweep
 
@@ -123,6 +132,9 @@ __all__ += [
     "DocumentError",
     "EmbeddedS3",
     "EmbeddedStoreError",
+    "FetchCancelled",
+    "Finding",
+    "HostTier",
     "KeyNotFound",
     "KeyRecord",
     "LimitExceeded",
@@ -136,6 +148,8 @@ __all__ += [
     "PreconditionFailed",
     "Publisher",
     "Record",
+    "Repacker",
+    "Repair",
     "StoreDenied",
     "StoreError",
     "StoreUnavailable",
@@ -147,9 +161,14 @@ __all__ += [
     "UploadNotFound",
     "UploadSizes",
     "VersionMeta",
+    "carry_out",
+    "check_store",
     "create_document",
     "discard_upload",
+    "export_adapters",
+    "host_folder",
     "next_epoch",
+    "plan_repairs",
     "quarantine_keys",
     "read_document",
     "stage_upload",

@@ -10,8 +10,8 @@ from datetime import datetime
 from pathlib import Path
 
 from . import layout
-from .errors import NotFound, StoreUnavailable
-from .object_store import ObjectStore
+from .errors import NotFound, PackVersionError, StoreUnavailable
+from .object_store import ObjectInfo, ObjectStore
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +47,6 @@ class Blobs:
     def replace_pack(self, tenant_id: str, digest: str, blob: str, pack: Path) -> None:
         self._store.upload(pack, layout.blob_folder(tenant_id, digest, blob) + layout.PACK_FILE)
 
-    def packs(self, tenant_id: str, digest: str) -> list[str]:
-        """Keys of the stored packs of a digest; all hold the same adapter."""
-        folder = layout.blobs_folder(tenant_id, digest)
-        return [o.key for o in self._store.list(folder) if o.key.endswith("/" + layout.PACK_FILE)]
-
     def read_source(self, tenant_id: str, digest: str, blob: str, weights: Path) -> bytes:
         """Writes the source's weights to a file, returns its config. Raises NotFound."""
         folder = layout.blob_folder(tenant_id, digest, blob)
@@ -83,16 +78,34 @@ class Blobs:
         for (digest, blob), modified in found.items():
             yield BlobInfo(digest, blob, modified)
 
-    def download(self, tenant_id: str, digest: str, path: Path) -> None:
-        """Writes a pack of the digest to a file.
+    def find_pack(self, tenant_id: str, digest: str) -> ObjectInfo:
+        """A stored pack of the digest.
 
         Raises:
+            PackVersionError: there are packs of other format versions only.
             NotFound: the digest has none (its adapter was deleted, or never was).
         """
-        for key in self.packs(tenant_id, digest):
-            try:
-                self._store.download(key, path)
-                return
-            except NotFound:
-                continue  # removed since the listing; another one may be there
+        others = set()
+        for item in self._store.list(layout.blobs_folder(tenant_id, digest)):
+            name = item.key.rpartition("/")[2]
+            if name == layout.PACK_FILE:
+                return item
+            if layout.is_pack(name):
+                others.add(name)
+        if others:
+            raise PackVersionError(
+                f"adapter {digest} of tenant {tenant_id} is stored as {', '.join(sorted(others))}, "
+                f"this program reads {layout.PACK_FILE}; remake it from its source, or publish the "
+                "adapter again"
+            )
         raise NotFound(f"tenant {tenant_id} has no stored adapter {digest}")
+
+    def exists(self, tenant_id: str, digest: str) -> bool:
+        """Whether the digest has any object."""
+        return any(True for _ in self._store.list(layout.blobs_folder(tenant_id, digest)))
+
+    def ids(self, tenant_id: str, digest: str) -> set[str]:
+        """Ids of a digest's blobs that have a source."""
+        folder = layout.blobs_folder(tenant_id, digest)
+        keys = (o.key.removeprefix(folder).partition("/") for o in self._store.list(folder))
+        return {blob for blob, _, name in keys if name == layout.SOURCE_FILE}

@@ -1,28 +1,39 @@
 """Packs on this node's disk: a cache in front of the object store, shared by processes.
 
 The folder is the only state. A pack is `<tenant>/<digest>.pack`, put there by a rename once it was
-checked; its access time says when it was last wanted. A pin is a shared lock on the file, so that
-other processes see it, and it ends with its holder. Who has mapped a pack needs none: the mapping
-keeps the bytes of an evicted file. A pin is for who has told others of its path.
+checked; its access time is its mark, which says how often and how lately it was wanted
+(eviction.py). A pin is a shared lock on the file, so that other processes see it, and it ends with
+its holder. Who has mapped a pack needs none: the mapping keeps the bytes of an evicted file. A pin
+is for who has told others of its path.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .blobs import Blobs
 from .disk_errors import disk_errors
-from .errors import AdapterCorrupt, LocalDiskError, PackCorrupt, PackVersionError
-from .object_store import ObjectStore
+from .errors import (
+    AdapterCorrupt,
+    FetchCancelled,
+    LocalDiskError,
+    NotFound,
+    PackCorrupt,
+    PackVersionError,
+    PreconditionFailed,
+)
+from .eviction import Held, Speed, protected, used, victims
+from .kept import Kept
+from .object_store import ObjectInfo, ObjectStore
 from .pack import Pack
+from .pack_download import Mirror, PackDownload, Partial
+from .part_queue import PartQueue
+from .pins import evict, file_lock, try_file_lock
+from .single_flight import Deliver, SingleFlight, Wanted, always
 from .tenants import check_tenant_id
 
 _SUFFIX = ".pack"
@@ -31,65 +42,71 @@ _LOCKS = ".locks"
 # Pins are held for seconds: a fetch waits for them rather than fail.
 _PINNED_S = 20.0
 _POLL_S = 0.05
+# What a killed process has left of a pack is taken up again; after that long nobody will.
+_PARTIAL_KEPT_S = 24 * 3600.0
+_REPLACED = 3  # times that a stored pack may be replaced while it is fetched
 
 Location = tuple[Path, str]
 Identity = tuple[int, int, int]  # inode, bytes, modification time: of a file that was checked
-
-
-class PackPin:
-    """Keeps a pack on the disk, against all processes, until it is closed. A context manager."""
-
-    def __init__(self, path: Path) -> None:
-        """
-        Args:
-            path: as `DiskTier.ensure` gave it.
-
-        Raises:
-            FileNotFoundError: it isn't on the disk any more.
-        """
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        fcntl.flock(self._fd, fcntl.LOCK_SH)
-        if not _is_same(self._fd, path):  # evicted between open and lock
-            self.close()
-            raise FileNotFoundError(errno.ENOENT, "the pack was evicted", str(path))
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-    def __enter__(self) -> PackPin:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+Remake = Callable[[str, str], None]
 
 
 class DiskTier:
-    """Verified packs by (tenant, digest), the least recently wanted ones evicted by bytes.
+    """Verified packs by (tenant, digest); what costs least to lose goes first.
 
     Thread-safe, and safe to be used on one folder by several processes; the bound is kept by
     whoever fetches. Keys are "tenant/digest".
 
     Args:
-        max_bytes: of all packs in the folder.
+        max_bytes: of all packs in the folder, those on their way included.
+        remake: called with (tenant, digest) of an adapter that the store has in another pack
+            version only, to make its pack anew; None: that is an error.
+        keep_bytes: of packs that `keep` keeps; None: half of `max_bytes`.
+        parts: threads of downloads, when tiers share them.
     """
 
-    def __init__(self, folder: Path, store: ObjectStore, max_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        store: ObjectStore,
+        max_bytes: int,
+        *,
+        remake: Remake | None = None,
+        keep_bytes: int | None = None,
+        parts: PartQueue | None = None,
+    ) -> None:
         self._folder = Path(folder)
+        self._store = store
         self._blobs = Blobs(store)
         self._max_bytes = max_bytes
-        self._lock = threading.Lock()
-        self._flights: dict[str, Future[Location]] = {}
+        self._keep_bytes = max_bytes // 2 if keep_bytes is None else keep_bytes
+        self._remake = remake
+        self._parts = parts or PartQueue()
+        self._flights: SingleFlight[Location] = SingleFlight()
         self._verified: dict[str, Identity] = {}
+        self.speed = Speed(latency_s=0.03, bytes_per_s=500e6)  # of the store
         with disk_errors(f"use the disk cache {self._folder}"):
             (self._folder / _LOCKS).mkdir(parents=True, exist_ok=True)
+            self._kept = Kept(self._folder)
             self._remove_abandoned()
 
-    def ensure(self, tenant_id: str, digest: str) -> Location:
+    def ensure(
+        self,
+        tenant_id: str,
+        digest: str,
+        wanted: Wanted = always,
+        mirror: Mirror | None = None,
+    ) -> Location:
         """Brings a pack to the disk.
 
         A pack is checked (checksums, digest) when it arrives and when this process first uses one
         that lies there; a damaged one is fetched again once. Calls for one pack at a time share
         one fetch, in this and in other processes.
+
+        Args:
+            wanted: asked now and then; when it and those of all other calls for this pack say no,
+                the fetch ends. What has come of it is there for the next one.
+            mirror: memory that gets the pack, too, if this call is the one that fetches it.
 
         Returns:
             Its path, and the tier that it came from: "disk" or "s3".
@@ -97,125 +114,206 @@ class DiskTier:
         Raises:
             NotFound: the store doesn't have it (the adapter was deleted).
             AdapterCorrupt: the stored pack is damaged.
+            PackVersionError: the stored pack is of another version and can't be remade here.
             LocalDiskError: no room for it beside what is pinned, or the folder can't be written.
             StoreUnavailable: it isn't on the disk and the store can't be reached.
+            FetchCancelled: `wanted` said no.
         """
-        key = _key(tenant_id, digest)
-        with self._lock:
-            flight = self._flights.get(key)
-            mine = flight is None
-            if flight is None:
-                flight = self._flights[key] = Future()
-        if mine:
-            try:
-                with disk_errors(f"use the disk cache {self._folder}"):
-                    flight.set_result(self._ensure(tenant_id, digest))
-            except BaseException as error:
-                flight.set_exception(error)
-            finally:
-                with self._lock:
-                    del self._flights[key]
-        return flight.result()
+        path = self._path(_key(tenant_id, digest))
+
+        def fetch(wanted: Wanted, deliver: Deliver[Location]) -> None:
+            with disk_errors(f"use the disk cache {self._folder}"):
+                deliver((path, self._ensure(tenant_id, digest, wanted, mirror)))
+
+        return self._flights.run(_key(tenant_id, digest), wanted, fetch)
+
+    def find(self, tenant_id: str, digest: str) -> Path | None:
+        """Where a pack lies, unchecked: for who checks it while reading it. Counts as a use."""
+        path = self._path(_key(tenant_id, digest))
+        return path if _touch(path) else None
+
+    def has(self, key: str) -> bool:
+        return self._path(key).exists()
+
+    def check(self, key: str) -> None:
+        """Raises ValueError for what can't be a pack's key."""
+        self._path(key)
+
+    def drop(self, path: Path) -> None:
+        """Removes a pack that was found damaged."""
+        path.unlink(missing_ok=True)
 
     def resident(self) -> dict[str, int]:
         """Bytes of every pack on the disk, by key."""
         return {_key_of(path): stat.st_size for path, stat in self._packs()}
+
+    def host_resident(self) -> dict[str, int]:
+        """None: `HostTier` has those in memory."""
+        return {}
 
     def remove(self, key: str) -> None:
         """Drops a pack unless it is pinned, for which `resident` tells whether to try again.
 
         One that isn't there is no error.
         """
-        _evict(self._path(key))
+        evict(self._path(key))
+        with try_file_lock(self._lock_path(key)) as free:
+            if free:
+                self._partial(self._path(key)).remove()
 
-    def _ensure(self, tenant_id: str, digest: str) -> Location:
+    def keep(self, name: str, keep: bool = True) -> None:
+        """Keeps a tenant's packs (`name`: its id) or one ("tenant/digest"), or does so no longer.
+
+        It holds for all processes on the folder, and for what comes later. `keep_bytes` bounds it.
+        """
+        self._kept.set(name, keep)
+
+    def _ensure(self, tenant_id: str, digest: str, wanted: Wanted, mirror: Mirror | None) -> str:
         key = _key(tenant_id, digest)
         path = self._path(key)
-        with self._file_lock(key):  # one fetch on this node, whichever process asks
+        with file_lock(self._lock_path(key), wanted):  # one fetch on this node, whoever asks
             if self._is_good(key, path, digest):
-                with contextlib.suppress(FileNotFoundError):
-                    _touch(path)
-                return path, "disk"
+                _touch(path)
+                return "disk"
             path.parent.mkdir(exist_ok=True)
-            self._fetch(tenant_id, digest, path)
-        with self._lock:
-            self._verified[key] = _identity(path)
-        return path, "s3"
+            started = time.monotonic()
+            # Of the file as it was checked: under its name it may be evicted at once.
+            self._verified[key] = identity = self._fetch(tenant_id, digest, path, wanted, mirror)
+            self.speed.measured(identity[1], time.monotonic() - started)
+        return "s3"
 
     def _is_good(self, key: str, path: Path, digest: str) -> bool:
         try:
             identity = _identity(path)
+            if self._verified.get(key) == identity:
+                return True
+            found = Pack.open(path, verify=True).digest
+            if found != digest:
+                raise PackCorrupt(f"{path} holds adapter {found}, not {digest}")
         except FileNotFoundError:
             return False
-        if self._verified.get(key) == identity:
-            return True
-        try:
-            _verify(path, digest)
         except (PackCorrupt, PackVersionError):
-            path.unlink(missing_ok=True)
+            self.drop(path)
             return False
-        with self._lock:
-            self._verified[key] = identity
+        self._verified[key] = identity
         return True
 
-    def _fetch(self, tenant_id: str, digest: str, path: Path) -> None:
-        partial = path.with_name(f".{digest}{_PARTIAL}")
-        for last in (False, True):
+    def _fetch(
+        self, tenant_id: str, digest: str, path: Path, wanted: Wanted, mirror: Mirror | None
+    ) -> Identity:
+        partial = self._partial(path)
+        replaced = 0
+        remade = False
+        while True:
             try:
-                self._blobs.download(tenant_id, digest, partial)
-                _verify(partial, digest)
-                self._make_room(partial.stat().st_size)
-                _flush(partial)
-                partial.rename(path)
-                _flush(path.parent)
-                return
-            except (PackCorrupt, PackVersionError) as error:
-                if last:
-                    raise AdapterCorrupt(
-                        f"the stored pack of adapter {digest} of tenant {tenant_id} is damaged "
-                        f"({error}); publish the adapter again"
-                    ) from error
-            finally:
-                _remove_partial(path)
+                source = self._blobs.find_pack(tenant_id, digest)
+                self._make_room(source, partial, wanted)
+                PackDownload(self._store, source, digest, partial).run(self._parts, wanted, mirror)
+                identity = _identity(partial.path)
+                partial.finish(path)
+                _touch(path, new=True)
+                return identity
+            except PackVersionError:
+                partial.remove()
+                if remade or self._remake is None:
+                    raise
+                self._remake(tenant_id, digest)
+                remade = True
+            except PackCorrupt as error:
+                partial.remove()
+                raise AdapterCorrupt(
+                    f"the stored pack of adapter {digest} of tenant {tenant_id} is damaged "
+                    f"({error}); publish the adapter again"
+                ) from error
+            except (PreconditionFailed, NotFound):
+                # Replaced or removed since it was listed; there may be another one.
+                replaced += 1
+                if replaced == _REPLACED or not self._blobs.exists(tenant_id, digest):
+                    partial.remove()
+                    raise
 
-    def _make_room(self, nbytes: int) -> None:
+    def _make_room(self, source: ObjectInfo, partial: Partial, wanted: Wanted) -> None:
+        """Also makes the partial file, which stands for its bytes from then on."""
+        nbytes = source.nbytes
         if nbytes > self._max_bytes:
             raise LocalDiskError(
                 f"an adapter of {nbytes} bytes doesn't fit into the {self._max_bytes} bytes of "
                 f"the disk cache {self._folder}; make it larger"
             )
         deadline = time.monotonic() + _PINNED_S
-        while not self._evict_for(nbytes):
+        while True:
+            with file_lock(self._folder / _LOCKS / ".room", wanted):
+                if self._evict_for(nbytes, partial):
+                    partial.open(source)
+                    return
             if time.monotonic() > deadline:
                 raise LocalDiskError(
                     f"no room for {nbytes} bytes in the disk cache {self._folder}: all of its "
                     f"{self._max_bytes} bytes are in use; make it larger"
                 )
+            if not wanted():
+                raise FetchCancelled(f"nobody waits for {partial.path.name} any more")
             time.sleep(_POLL_S)
 
-    def _evict_for(self, nbytes: int) -> bool:
-        """Evicts the least recently wanted until `nbytes` more fit; False when pins forbid it."""
-        packs = sorted(self._packs(), key=lambda item: item[1].st_atime_ns)
+    def _evict_for(self, nbytes: int, mine: Partial) -> bool:
+        """Evicts until `nbytes` more fit; False when what is in use forbids it."""
+        packs = list(self._packs())
         total = nbytes + sum(stat.st_size for _, stat in packs)
-        for path, stat in packs:
-            if total <= self._max_bytes:
-                break
-            if _evict(path):
-                total -= stat.st_size
-        return total <= self._max_bytes
+        total += sum(size for path, size in self._partials() if path != mine.path)
+        if total > self._max_bytes:
+            total -= self._remove_partials(mine)
+        pinned: set[str] = set()
+        while total > self._max_bytes:
+            held = self._held(packs, pinned)
+            chosen = victims(held, total - self._max_bytes)
+            if chosen is None:
+                return False
+            for item in chosen:
+                if evict(self._path(item.key)):
+                    total -= item.nbytes
+                    packs = [p for p in packs if _key_of(p[0]) != item.key]
+                else:
+                    pinned.add(item.key)
+        return True
+
+    def _held(self, packs: list[tuple[Path, os.stat_result]], pinned: set[str]) -> list[Held]:
+        held = [
+            Held(_key_of(p), s.st_size, s.st_atime, self.speed.seconds(s.st_size)) for p, s in packs
+        ]
+        fixed = pinned | protected(held, self._kept.names(), self._keep_bytes)
+        return [Held(h.key, h.nbytes, h.mark, h.restore_s, h.key in fixed) for h in held]
 
     def _packs(self) -> Iterator[tuple[Path, os.stat_result]]:
         for path in self._folder.glob(f"*/*{_SUFFIX}"):
             with contextlib.suppress(FileNotFoundError):
                 yield path, path.stat()
 
+    def _partials(self) -> Iterator[tuple[Path, int]]:
+        for path in self._folder.glob(f"*/.*{_PARTIAL}"):
+            with contextlib.suppress(FileNotFoundError):
+                yield path, path.stat().st_size
+
+    def _remove_partials(self, mine: Partial | None = None, older_than_s: float = 0.0) -> int:
+        """Removes what stopped fetches have left, for which nobody works now; its bytes."""
+        removed = 0
+        for path, size in list(self._partials()):
+            if mine is not None and path == mine.path:
+                continue
+            key = _key(path.parent.name, path.name[1:].removesuffix(_PARTIAL))
+            with (
+                contextlib.suppress(FileNotFoundError),
+                try_file_lock(self._lock_path(key)) as free,
+            ):
+                if free and time.time() - path.stat().st_mtime >= older_than_s:
+                    self._partial(self._path(key)).remove()
+                    removed += size
+        return removed
+
     def _remove_abandoned(self) -> None:
-        """Removes what fetches left whose processes died: a living one holds its pack's lock."""
-        for partial in list(self._folder.glob(f"*/.*{_PARTIAL}*")):
-            digest = partial.name[1:].partition(".")[0]
-            key = _key(partial.parent.name, digest)
-            with contextlib.suppress(BlockingIOError), self._file_lock(key, wait=False):
-                _remove_partial(self._path(key))
+        self._remove_partials(older_than_s=_PARTIAL_KEPT_S)
+
+    def _partial(self, path: Path) -> Partial:
+        return Partial(path.with_name(f".{path.name.removesuffix(_SUFFIX)}{_PARTIAL}"))
 
     def _path(self, key: str) -> Path:
         tenant_id, _, digest = key.partition("/")
@@ -224,24 +322,8 @@ class DiskTier:
             raise ValueError(f"{digest!r} isn't an adapter digest")
         return self._folder / tenant_id / f"{digest}{_SUFFIX}"
 
-    @contextlib.contextmanager
-    def _file_lock(self, key: str, wait: bool = True) -> Iterator[None]:
-        path = self._folder / _LOCKS / key.replace("/", "__")
-        while True:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                if _is_same(fd, path):
-                    break
-            except BaseException:
-                os.close(fd)
-                raise
-            os.close(fd)  # its last holder removed it: take the new one
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            os.close(fd)
+    def _lock_path(self, key: str) -> Path:
+        return self._folder / _LOCKS / key.replace("/", "__")
 
 
 def _key(tenant_id: str, digest: str) -> str:
@@ -252,56 +334,17 @@ def _key_of(path: Path) -> str:
     return _key(path.parent.name, path.name.removesuffix(_SUFFIX))
 
 
-def _verify(path: Path, digest: str) -> None:
-    """Raises PackCorrupt, PackVersionError."""
-    found = Pack.open(path, verify=True).digest
-    if found != digest:
-        raise PackCorrupt(f"{path} holds adapter {found}, not {digest}")
-
-
 def _identity(path: Path) -> Identity:
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _touch(path: Path) -> None:
-    """Sets the access time alone: mounts seldom do it by themselves."""
-    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-
-
-def _remove_partial(path: Path) -> None:
-    """Removes what a fetch of this pack has written so far, also the transfer's own files."""
-    for partial in list(path.parent.glob(f".{path.name.removesuffix(_SUFFIX)}{_PARTIAL}*")):
-        partial.unlink(missing_ok=True)
-
-
-def _evict(path: Path) -> bool:
-    """Removes a pack unless it is pinned."""
+def _touch(path: Path, new: bool = False) -> bool:
+    """Counts a use in the access time, which mounts seldom set by themselves; False: it is gone."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
-        return True
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)
-
-
-def _is_same(fd: int, path: Path) -> bool:
-    """Whether `path` still names the open file."""
-    try:
-        return os.path.samestat(os.fstat(fd), path.stat())
+        stat = path.stat()
+        mark = used(None if new else stat.st_atime, time.time())
+        os.utime(path, ns=(int(mark * 1e9), stat.st_mtime_ns))
     except FileNotFoundError:
         return False
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    return True

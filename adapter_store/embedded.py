@@ -78,6 +78,11 @@ class EmbeddedS3:
         process = self._process
         return process.pid if process is not None and process.status is None else None
 
+    @staticmethod
+    def program() -> str:
+        """The server's program. Raises EmbeddedStoreError where there is none."""
+        return _find_program()
+
     def start(self) -> EmbeddedS3:
         """Starts the server and waits until objects can be written.
 
@@ -87,7 +92,7 @@ class EmbeddedS3:
         """
         if self._process is not None:
             raise EmbeddedStoreError("the embedded object store was started already")
-        program = _find_program()
+        program = self.program()
         try:
             self._open_folder()
         except OSError as error:

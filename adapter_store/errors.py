@@ -142,6 +142,10 @@ class AdapterCorrupt(AdapterStoreError):
     """A stored pack is damaged, also when fetched a second time."""
 
 
+class FetchCancelled(AdapterStoreError):
+    """Nobody waits for the pack any more; what has come of it is kept for the next who asks."""
+
+
 class LocalDiskError(AdapterStoreError):
     """A folder of this machine is full or can't be written."""
 

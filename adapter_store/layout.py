@@ -30,6 +30,11 @@ GENERATION = "auth/generation.json"
 ADMIN = "meta/admin.json"
 
 
+def is_pack(name: str) -> bool:
+    """Whether a blob's file is a pack, of any version."""
+    return name.startswith("pack-v") and name.endswith(".bin")
+
+
 def tenant_folder(tenant_id: str) -> str:
     return f"{TENANTS}{tenant_id}/"
 

@@ -20,7 +20,12 @@ import boto3.session
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import S3Transfer, TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    HTTPClientError,
+    IncompleteReadError,
+)
 from urllib3.exceptions import HTTPError
 
 from .errors import Conflict, LimitExceeded, NotFound, PreconditionFailed
@@ -63,7 +68,10 @@ class ObjectStore:
     Args:
         url: s3://bucket or s3://bucket/prefix.
         endpoint: of an S3-compatible server; None: AWS.
-        access_key, secret_key: None: boto3's own search (environment, profile, instance role).
+        access_key, secret_key: None: boto3's own search (environment, profile, instance role, web
+            identity).
+        kms_key: id or ARN of the KMS key that objects are encrypted with (SSE-KMS). What others
+            put by a presigned URL gets the bucket's own default encryption.
         attempts: of one request.
     """
 
@@ -75,6 +83,7 @@ class ObjectStore:
         access_key: str | None = None,
         secret_key: str | None = None,
         region: str = "us-east-1",
+        kms_key: str | None = None,
         attempts: int = ATTEMPTS,
     ) -> None:
         parts = urlsplit(url)
@@ -85,6 +94,9 @@ class ObjectStore:
         self.bucket = parts.netloc
         prefix = parts.path.strip("/")
         self._prefix = f"{prefix}/" if prefix else ""
+        self._encryption: dict[str, str] = (
+            {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key} if kms_key else {}
+        )
         self._client: Any = _make_client(
             endpoint_url=endpoint,
             aws_access_key_id=access_key,
@@ -138,7 +150,11 @@ class ObjectStore:
             try:
                 with self._translated("write", key):
                     answer = self._client.put_object(
-                        Bucket=self.bucket, Key=self._prefix + key, Body=data, **conditions
+                        Bucket=self.bucket,
+                        Key=self._prefix + key,
+                        Body=data,
+                        **conditions,
+                        **self._encryption,
                     )
                 return answer["ETag"]
             except Conflict:
@@ -224,10 +240,41 @@ class ObjectStore:
         with self._translated("read", key):
             _retried(read)
 
+    def read_into(self, key: str, etag: str, start: int, view: memoryview) -> None:
+        """Reads a part of an object, as long as `view`, into memory.
+
+        A body that breaks off is asked for again from where it broke.
+
+        Raises:
+            NotFound. PreconditionFailed: the object has another ETag by now.
+        """
+        at = 0
+
+        def read() -> None:
+            nonlocal at
+            body = self._client.get_object(
+                Bucket=self.bucket,
+                Key=self._prefix + key,
+                Range=f"bytes={start + at}-{start + len(view) - 1}",
+                IfMatch=etag,
+            )["Body"]
+            for data in body.iter_chunks(CHUNK_BYTES):
+                if len(data) > len(view) - at:
+                    raise HTTPError(f"more of {key} came than the {len(view)} bytes asked for")
+                view[at : at + len(data)] = data
+                at += len(data)
+            if at != len(view):
+                raise HTTPError(f"{at} bytes of {key} came where {len(view)} were asked for")
+
+        with self._translated("read", key):
+            _retried(read)
+
     def upload(self, path: Path, key: str) -> None:
         """Writes a file to an object, in one step also when it travels in parts."""
         with self._translated("write", key), self._transfer() as transfer:
-            transfer.upload_file(str(path), self.bucket, self._prefix + key)
+            transfer.upload_file(
+                str(path), self.bucket, self._prefix + key, extra_args=self._encryption
+            )
 
     def presign_put(
         self, key: str, max_bytes: int, expires_s: int, *, nbytes: int | None = None
@@ -331,6 +378,6 @@ def _retried(read: Callable[[], T]) -> T:
     for attempt in range(STREAM_ATTEMPTS - 1):
         try:
             return read()
-        except (HTTPClientError, HTTPError, OSError):
+        except (HTTPClientError, IncompleteReadError, HTTPError, OSError):
             time.sleep(random.uniform(0, 0.1 * 2**attempt))
     return read()

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
-import struct
-import zlib
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from .canonical import NUMPY_DTYPES, DtypeName
-from .errors import PackCorrupt, PackLayoutError, PackVersionError
+from .errors import PackCorrupt, PackLayoutError
+from .host_entry import ENTRY_BYTES, is_entry, map_entry
+from .pack_head import PackHead
 from .pack_layout import (
-    BLOCK_BYTES,
-    DATA_ALIGN,
-    MAGIC,
-    PACK_VERSION,
-    PREAMBLE,
     DenseEntry,
     ExpertEntry,
     Geometry,
     LayerSpans,
     PackLayer,
     Span,
-    align,
     lay_out,
 )
 
@@ -42,11 +35,19 @@ class Pack:
         dtype: of every factor. hidden: H. intermediate: I. chunks: parts that I is stored in,
             the largest tensor-parallel size that it can be cut for.
         layers: the adapted layers, ascending by index.
+        memory: the whole pack as it is stored, [nbytes] uint8: one range of addresses, for who
+            copies layers at a time. Read-only; keep the Pack, `memory` or a view of it until a
+            copy has ended.
+        arena: of a pack in the host tier, this process's one mapping of all of that tier, which
+            `memory` is a part of: who pins it once has pinned every pack. Else None.
     """
 
-    def __init__(self, path: Path, data: mmap.mmap, header: dict[str, Any], data_start: int):
+    def __init__(self, path: Path, memory: np.ndarray, head: PackHead, arena: np.ndarray | None):
+        header = head.fields
         self.path = path
-        self.nbytes = len(data)
+        self.memory = memory
+        self.arena = arena
+        self.nbytes = len(memory)
         self.digest: str = header["digest"]
         self.base_fingerprint: str = header["base_fingerprint"]
         self.dtype: DtypeName = header["dtype"]
@@ -56,23 +57,30 @@ class Pack:
         self._geometry = Geometry(self.hidden, self.intermediate, self._numpy_dtype.itemsize)
         self.chunks = self._geometry.chunks
         self.layers = tuple(_layer_from_json(entry) for entry in header["layers"])
-        self._data = data
-        self._data_start = data_start
-        self._spans: dict[int, LayerSpans] = {}
+        self._data_start = head.data_start
+        self._spans: dict[int, LayerSpans] = {}  # of layers that were asked for
+        self._starts: dict[int, tuple[PackLayer, int]] = {}
+        self._stops: dict[int, int] = {}
         self._entries = {layer.index: layer.experts for layer in self.layers}
         at = 0
+        sizes: dict[Any, LayerSpans] = {}  # layers are alike, mostly: what one takes, all take
         for layer, entry in zip(self.layers, header["layers"], strict=True):
-            spans = lay_out(layer, self._geometry, at)
-            if [*spans.replicated, *spans.cut] != [*entry["replicated"], *entry["cut"]]:
+            shape = _shape(layer)
+            if shape not in sizes:
+                sizes[shape] = lay_out(layer, self._geometry, 0)
+            sections = [*sizes[shape].replicated, *sizes[shape].cut]
+            if [at + n for n in sections] != [*entry["replicated"], *entry["cut"]]:
                 raise PackCorrupt(f"{path}: the sections of layer {layer.index} don't add up")
-            at = spans.cut[1]
-            self._spans[layer.index] = spans
+            self._starts[layer.index] = layer, at
+            at += sections[-1]
+            self._stops[layer.index] = at
         if at != header["data_bytes"]:
             raise PackCorrupt(f"{path}: layers end at byte {at} of {header['data_bytes']}")
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], verify: bool = True) -> Pack:
-        """Maps a pack.
+        """Maps a pack: a file, or one in the host tier, where it stays for as long as anyone
+        holds the Pack or a view of it.
 
         Args:
             verify: check every block's CRC32, which reads the whole file. The header's is always
@@ -81,21 +89,28 @@ class Pack:
         Raises:
             PackCorrupt: the bytes aren't those that were written.
             PackVersionError: another format version; remake the pack from its source.
-            OSError: the file can't be read.
+            FileNotFoundError: it was evicted. OSError: the file can't be read.
         """
         path = Path(path)
-        with path.open("rb") as file:
-            header, data_start = _read_header(path, file.read(struct.calcsize(PREAMBLE)), file)
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        memory, arena = _map(path)
+        head = PackHead.parse(memory.data, len(memory), path)
+        if verify:
+            head.check(memory.data, head.data_start, head.nbytes)
         try:
-            expected = data_start + header["data_bytes"]
-            if len(data) != expected:
-                raise PackCorrupt(f"{path} has {len(data)} bytes, {expected} were written")
-            if verify:
-                _verify(path, data, header["crc32"], data_start)
-            return cls(path, data, header, data_start)
+            return cls(path, memory, head, arena)
         except (KeyError, TypeError, ValueError) as error:
             raise PackCorrupt(f"{path}: the header lacks or mistypes {error}") from error
+
+    def layer_span(self, layer: PackLayer | int) -> tuple[int, int]:
+        """Start and stop of all of a layer's bytes in `memory`: section R, then section C."""
+        index = _index(layer)
+        if index not in self._stops:
+            self._layer(layer)  # says what there is
+        return self._data_start + self._starts[index][1], self._data_start + self._stops[index]
+
+    def spans(self, layer: PackLayer | int) -> LayerSpans:
+        """Where the layer's tensors lie; its first byte is at `replicated[0]`."""
+        return self._layer(layer)
 
     def dense_a(
         self, layer: PackLayer | int, target: str, rows: tuple[int, int] | None = None
@@ -169,19 +184,21 @@ class Pack:
         return spans, experts
 
     def _layer(self, layer: PackLayer | int) -> LayerSpans:
-        try:
-            return self._spans[_index(layer)]
-        except KeyError:
+        index = _index(layer)
+        if index not in self._starts:
             raise PackLayoutError(
-                f"{self.path}: layer {_index(layer)} isn't adapted; adapted: {sorted(self._spans)}"
-            ) from None
+                f"{self.path}: layer {index} isn't adapted; adapted: {sorted(self._starts)}"
+            )
+        if index not in self._spans:
+            own, start = self._starts[index]
+            self._spans[index] = lay_out(own, self._geometry, start)
+        return self._spans[index]
 
     def _view(self, span: Span, shift: int = 0) -> np.ndarray:
         rows, columns = span.shape
         start = self._data_start + span.offset + shift
-        return np.frombuffer(self._data, self._numpy_dtype, rows * columns, start).reshape(
-            span.shape
-        )
+        stop = start + rows * columns * self._numpy_dtype.itemsize
+        return self.memory[start:stop].view(self._numpy_dtype).reshape(span.shape)
 
     def _rows(self, span: Span, rows: tuple[int, int] | None) -> np.ndarray:
         view = self._view(span)
@@ -205,43 +222,26 @@ class Pack:
         return np.concatenate(parts)
 
 
+def _shape(layer: PackLayer) -> Any:
+    """Equal of layers whose tensors have the same places."""
+    x = layer.experts
+    dense = tuple((name, e.rank, e.cut, e.out, e.in_) for name, e in layer.dense.items())
+    return dense, x and (x.rank, x.fused_gate_up, x.shared_a13, x.shared_b2)
+
+
 def _index(layer: PackLayer | int) -> int:
     return layer if isinstance(layer, int) else layer.index
 
 
-def _read_header(path: Path, preamble: bytes, file: Any) -> tuple[dict[str, Any], int]:
-    size = struct.calcsize(PREAMBLE)
-    if len(preamble) < size:
-        raise PackCorrupt(f"{path} has {len(preamble)} bytes, too few for a pack")
-    magic, version, length, crc = struct.unpack(PREAMBLE, preamble)
-    if magic != MAGIC:
-        raise PackCorrupt(f"{path} isn't a pack: it begins with {magic!r}, not {MAGIC!r}")
-    if version != PACK_VERSION:
-        raise PackVersionError(
-            f"{path} is of pack version {version}, this program reads {PACK_VERSION}; "
-            "remake it from its source"
-        )
-    raw = file.read(min(length, os.fstat(file.fileno()).st_size))
-    if len(raw) != length or zlib.crc32(raw, zlib.crc32(preamble[:-4])) != crc:
-        raise PackCorrupt(f"{path}: the header doesn't match its checksum")
-    try:
-        header = json.loads(raw)
-    except ValueError as error:
-        raise PackCorrupt(f"{path}: the header isn't JSON: {error}") from error
-    return header, align(size + length, DATA_ALIGN)
-
-
-def _verify(path: Path, data: mmap.mmap, crcs: str, data_start: int) -> None:
-    view = memoryview(data)
-    starts = range(data_start, len(data), BLOCK_BYTES)
-    if len(crcs) != 8 * len(starts):
-        raise PackCorrupt(f"{path}: {len(crcs) // 8} checksums for {len(starts)} blocks")
-    for block, start in enumerate(starts):
-        if zlib.crc32(view[start : start + BLOCK_BYTES]) != int(crcs[8 * block :][:8], 16):
-            raise PackCorrupt(
-                f"{path}: bytes {start} to {min(start + BLOCK_BYTES, len(data))} don't match "
-                "their checksum"
-            )
+def _map(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The pack's bytes, and the arena that they are in."""
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise PackCorrupt(f"{path} has 0 bytes, too few for a pack")
+        if not is_entry(file.read(ENTRY_BYTES)):
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return np.frombuffer(data, np.uint8), None
+    return map_entry(path)
 
 
 def layer_to_json(layer: PackLayer, spans: LayerSpans) -> dict[str, Any]:

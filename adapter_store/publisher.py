@@ -13,12 +13,13 @@ from .blobs import Blobs
 from .catalogue import Catalogue
 from .catalogue_document import BlobNeeded
 from .config_fields import MAX_RANK
-from .errors import AdapterNotFound, AdapterRefused, InvalidName, NotFound, StoreUnavailable
+from .errors import AdapterNotFound, AdapterRefused, InvalidName, StoreUnavailable
 from .make_pack import PackInfo, make_pack
 from .names import check_name
 from .object_store import ObjectStore
 from .quarantine import UploadSizes, check_upload_id, discard_upload, stage_upload, take_upload
 from .records import AdapterVersion, VersionMeta
+from .repack import remake_pack
 from .workspace import sweep_workspaces, workspace
 
 
@@ -91,25 +92,12 @@ class Publisher:
         """Makes a stored adapter's pack anew from its source: one that is damaged or outdated.
 
         Raises:
-            AdapterNotFound: no version names the digest.
-            AdapterRefused: the source is damaged, too, or was made for another base model.
+            AdapterNotFound: no version names the digest. Or what `remake_pack` raises.
         """
         blob = dict(self._catalogue.blobs_in_use(tenant_id)).get(digest)
         if blob is None:
             raise AdapterNotFound(f"tenant {tenant_id} has no adapter with digest {digest}")
-        with workspace(self._scratch) as folder:
-            weights, pack = folder / "weights", folder / "pack"
-            try:
-                config = self._blobs.read_source(tenant_id, digest, blob, weights)
-            except NotFound as error:
-                raise AdapterNotFound(f"the source of {digest} is gone: {error}") from None
-            info = make_pack(config, weights, self._base, pack)
-            if info.digest != digest:
-                raise AdapterNotFound(
-                    f"the source stored for {digest} has the digest {info.digest} on base model "
-                    f"{self._base.name}: it is damaged, or belongs to another base model"
-                )
-            self._blobs.replace_pack(tenant_id, digest, blob, pack)
+        remake_pack(self._blobs, self._base, self._scratch, tenant_id, digest, blob)
 
     def _publish(
         self, tenant_id: str, name: str, info: PackInfo, pack: Path, weights: Path, config: bytes

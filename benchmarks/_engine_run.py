@@ -70,10 +70,13 @@ TINY = Shape(
 class _NoPacks:
     """Adapters are written into the pool: nothing is ever fetched."""
 
-    def ensure(self, tenant_id: str, digest: str) -> tuple[Path, str]:
+    def ensure(self, tenant_id: str, digest: str, wanted: object = None) -> tuple[Path, str]:
         raise KeyError(digest)
 
     def resident(self) -> dict[str, int]:
+        return {}
+
+    def host_resident(self) -> dict[str, int]:
         return {}
 
     def remove(self, key: str) -> None:
@@ -201,8 +204,8 @@ class BenchEngine:
         self.engine.close()
 
     def _submit(self, requests: int, prompt: int, output: int, adapters: int) -> None:
-        """Greedy requests with prompts that no prefix is known of."""
-        params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
+        """Requests with prompts that no prefix is known of."""
+        params = SamplingParams(max_tokens=output, temperature=1.0, ignore_eos=True)
         vocab = self.shape.config["vocab_size"]
         for i in range(requests):
             self._serial += 1

@@ -97,20 +97,28 @@ def kernel_table(captured: Captured, device: torch.device) -> str:
     if device.type != "cuda":
         return "    (no kernels on this device)"
     captured.replay()
+    return kernels_of(captured.replay, _PROFILED, _PROFILED * len(captured))
+
+
+def kernels_of(work: Callable[[], object], rounds: int, calls: int) -> str:
+    """Microseconds and launches per call of each kernel of `work`, done `rounds` times, which are
+    `calls` calls; the longest first. And how long the device was busy in all that time."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(_PROFILED):
-            captured.replay()
+        began = time.perf_counter()
+        for _ in range(rounds):
+            work()
         torch.cuda.synchronize()
+        wall_us = (time.perf_counter() - began) * 1e6
     us: Counter[str] = Counter()
     launches: Counter[str] = Counter()
     for event in profile.events() or ():
         if event.device_type.name == "CUDA":
             us[event.name] += event.time_range.elapsed_us()
             launches[event.name] += 1
-    calls = _PROFILED * len(captured)
     lines = [
         f"    {total / calls:9.2f} us {launches[name] / calls:6.2f} x  {name[:80]}"
         for name, total in us.most_common()
     ]
-    return "\n".join([*lines, f"    {us.total() / calls:9.2f} us in all"])
+    whole = f"    {us.total() / calls:9.2f} us in all, of {wall_us / calls:.2f} us by the wall"
+    return "\n".join([*lines, whole])

@@ -18,11 +18,14 @@ class LocalPacks:
     def __init__(self, paths: dict[str, Path]):
         self._paths = paths
 
-    def ensure(self, tenant_id: str, digest: str) -> tuple[Path, str]:
+    def ensure(self, tenant_id: str, digest: str, wanted: object = None) -> tuple[Path, str]:
         return self._paths[f"{tenant_id}/{digest}"], "disk"
 
     def resident(self) -> dict[str, int]:
         return {key: path.stat().st_size for key, path in self._paths.items()}
+
+    def host_resident(self) -> dict[str, int]:
+        return {}
 
     def remove(self, key: str) -> None:
         self._paths.pop(key)

@@ -5,12 +5,12 @@
 
 12 layers of Qwen3-30B-A3B with random weights in bf16; adapters of rank 16 on attention and on all
 experts, random too, are written straight into the pool. Requests have 128 tokens and decode 72
-greedy ones. `forward` is the median time on the device, between events, of the decode graph's
+at temperature 1. `forward` is the median time on the device, between events, of the decode graph's
 replay (all layers, without lm_head and sampling); `step` of all that a step launches; `wall` is
 from one step's tokens to the next one's. The device's idle share is 1 - step / wall. Prefill is 16
-prompts of 1,024 tokens, from the first step to the last first token, median of 3 rounds. The byte
-floor of one token is what it must read (its experts' weights, attention, lm_head) at the speed of
-a large copy, measured in the same run.
+prompts of 1,024 tokens, from the first step to the last first token, median of 7 rounds after one.
+The byte floor of one token is what it must read (its experts' weights, attention, lm_head) at the
+speed of a large copy, measured in the same run.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ import statistics
 import sys
 import tempfile
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from _engine_run import LARGE, TINY, BenchEngine, Shape, Spans
 from _moe_floors import Ceilings
-from _moe_timing import CudaClock, WallClock
+from _moe_timing import CudaClock, WallClock, kernels_of
 
-_PREFILL_ROUNDS = 3
+_PREFILL_ROUNDS = 7
 _HEAD_ROUNDS = 50
 
 
@@ -40,6 +41,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batches", type=_numbers, help="default: 1,8,32,64")
     parser.add_argument("--no-overlap", action="store_true")
     parser.add_argument("--no-graphs", action="store_true")
+    parser.add_argument("--prefill-only", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of prefill")
     parser.add_argument("--out", type=Path, help="JSON of all figures")
     return parser.parse_args()
 
@@ -71,10 +74,11 @@ def measure_decode(bench: BenchEngine, batches: tuple[int, ...]) -> list[dict[st
     return rows
 
 
-def measure_prefill(bench: BenchEngine) -> list[dict[str, Any]]:
+def measure_prefill(bench: BenchEngine, profile: bool) -> list[dict[str, Any]]:
     rows = []
     requests, tokens = bench.shape.prefill
     for adapters in sorted({0, 1, min(requests, bench.shape.adapters)}):
+        bench.prefill(adapters)
         rates = [bench.prefill(adapters) for _ in range(_PREFILL_ROUNDS)]
         rows.append(
             {
@@ -86,7 +90,11 @@ def measure_prefill(bench: BenchEngine) -> list[dict[str, Any]]:
         )
         print(
             f"prefill {requests} x {tokens}, adapters {adapters:3}: {rows[-1]['tokens_s']:.0f} /s"
+            f" (rounds: {', '.join(f'{rate:.0f}' for rate in rates)})",
+            flush=True,
         )
+        if profile and bench.runner.device.type == "cuda":
+            print(kernels_of(partial(bench.prefill, adapters), 2, 2), flush=True)
     return rows
 
 
@@ -156,14 +164,16 @@ def main() -> None:
             "overlap": not args.no_overlap,
             "graphs": capture,
             "copy_tb_s": ceilings.copy_bytes_s / 1e12,
-            "decode": measure_decode(bench, batches),
-            "prefill": measure_prefill(bench),
+            "decode": [] if args.prefill_only else measure_decode(bench, batches),
+            "prefill": measure_prefill(bench, args.profile),
             "compiles_after_ready": bench.engine.report().compiles_after_ready,
             "one_token": measure_one_token(bench, ceilings),
         }
         bench.close()
     print(f"kernels compiled after ready: {result['compiles_after_ready']}")
-    if args.out:
+    if args.out and args.prefill_only:
+        print("not written: a part of the rows")
+    elif args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written to {args.out}")
 

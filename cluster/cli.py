@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from .cli_adapters import adapters_app
-from .cli_options import Key, Url, connect
+from .cli_options import Assignments, Config, Key, Url, connect, load_settings
+from .cli_simulate import simulate_command
+from .cli_store import store_app
 from .cli_tenants import tenants_app
 
 app = typer.Typer(
@@ -24,7 +26,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(store_app, name="store")
 app.add_typer(tenants_app, name="tenants")
+app.command("simulate")(simulate_command)
 
 Host = Annotated[
     str | None,
@@ -59,12 +63,14 @@ Device = Annotated[
     str | None, typer.Option(help="auto, cpu or cuda [LORAPLEX_DEVICE; auto: a GPU if any]")
 ]
 
+Json = Annotated[bool, typer.Option("--json", help="Print JSON")]
+
 
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
-    """Every setting can also come from the environment: LORAPLEX_<NAME>."""
+    """Every setting can also come from --set, the environment (LORAPLEX_<NAME>) or a file."""
 
 
 @app.command()
@@ -80,12 +86,15 @@ def up(
     tp: TensorParallel = None,
     ep: ExpertParallel = None,
     device: Device = None,
+    config: Config = None,
+    assignments: Assignments = None,
 ) -> None:
     """Start everything on this machine, with the demo model and three demo tenants."""
-    from .settings import Settings
     from .up import up as run
 
-    settings = Settings.load(
+    settings = load_settings(
+        config,
+        assignments,
         host=host,
         port=port,
         data_dir=data_dir,
@@ -138,12 +147,15 @@ def serve(
     rotate_admin_key: Annotated[
         bool, typer.Option("--rotate-admin-key", help="Make a new admin key, end the old one.")
     ] = False,
+    config: Config = None,
+    assignments: Assignments = None,
 ) -> None:
     """Serve your own model from this machine."""
-    from .settings import Settings
     from .up import serve as run
 
-    settings = Settings.load(
+    settings = load_settings(
+        config,
+        assignments,
         model_path=model,
         load_format=load_format,
         store_url=store,
@@ -157,6 +169,43 @@ def serve(
         served_model_name=name,
     )
     run(settings, Console(file=sys.stdout), rotate_admin_key)
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Option("--model", help="As for serve [LORAPLEX_MODEL_PATH]")
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option("--store", help="As for serve [LORAPLEX_STORE_URL]")
+    ] = None,
+    data_dir: DataFolder = None,
+    as_json: Json = False,
+    config: Config = None,
+    assignments: Assignments = None,
+) -> None:
+    """Check this machine, its GPUs, the object store and the model; exit code 1 if one fails."""
+    from .cli_doctor import show_examination
+
+    settings = load_settings(
+        config, assignments, model_path=model, store_url=store, data_dir=data_dir
+    )
+    raise typer.Exit(0 if show_examination(settings, as_json) else 1)
+
+
+@app.command("config")
+def show_config(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Only these settings", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    config: Config = None,
+    assignments: Assignments = None,
+) -> None:
+    """Show the settings that would be used, and where each comes from; secrets are hidden."""
+    from .cli_config import show_settings
+
+    show_settings(names or [], as_json, config, assignments or [])
 
 
 @app.command()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +12,7 @@ from .errors import ClusterError
 
 if TYPE_CHECKING:
     from .cli_client import Client
+    from .settings import Settings
 
 Url = Annotated[
     str | None,
@@ -20,6 +22,15 @@ Url = Annotated[
 ]
 Key = Annotated[
     str | None, typer.Option("--key", help="Your key [LORAPLEX_KEY]", show_default=False)
+]
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", help="TOML file of settings [LORAPLEX_CONFIG]", show_default=False),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any setting, as name=value; repeatable", show_default=False),
 ]
 
 
@@ -38,3 +49,14 @@ def connect(url: str | None, key: str | None) -> Client:
             "writes them to .loraplex/demo.json"
         )
     return Client(url or os.environ.get("LORAPLEX_URL") or DEFAULT_URL, key)
+
+
+def load_settings(
+    config: Path | None, assignments: list[str] | None = None, **flags: Any
+) -> Settings:
+    """Settings of flags, `--set`, environment, file and defaults. Raises SettingsError."""
+    from .settings import Settings
+    from .settings_sources import parse_assignments
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    return Settings.load(config, **{**parse_assignments(assignments or ()), **given})

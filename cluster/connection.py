@@ -18,6 +18,7 @@ from ..workers import (
     WireError,
 )
 from .errors import ClusterError
+from .routing import GroupLoad
 
 # Tokens of one stream that may be on their way or wait here for its consumer.
 WINDOW_TOKENS = 128
@@ -92,7 +93,7 @@ class _Link(FrameProtocol):
         self.up: asyncio.Future[None] = loop.create_future()
         self.down: asyncio.Future[str] = loop.create_future()
         self.draining = False
-        self.load = 0.0  # requests that the group has, as far as is known here
+        self.load = GroupLoad(0.0)  # as far as is known here
         self.resident: frozenset[str] = frozenset()
         self._group = group
         self._handshake: ClientHandshake | None = ClientHandshake(secret)
@@ -146,11 +147,16 @@ class _Link(FrameProtocol):
             self.up.set_result(None)
 
     def _note_load(self, load: Frame) -> None:
-        self.load = float(load["queued"] + load["running"])
+        self.load = GroupLoad(
+            float(load["queued"] + load["running"]),
+            load["wait_s"],
+            load["token_s"],
+            self.resident,
+        )
 
     def _note_report(self, report: Frame) -> None:
-        self._note_load(report["load"])
         self.resident = frozenset(report["gpu"])
+        self._note_load(report["load"])
 
 
 class GroupConnection:
@@ -194,9 +200,9 @@ class GroupConnection:
         return self._link is not None and self._link.draining
 
     @property
-    def load(self) -> float:
-        """Requests that the group has, of all gateways; 0 while there is no connection."""
-        return 0.0 if self._link is None else self._link.load
+    def load(self) -> GroupLoad:
+        """What the group has to do, for all gateways; nothing while there is no connection."""
+        return GroupLoad(0.0) if self._link is None else self._link.load
 
     @property
     def resident(self) -> frozenset[str]:
@@ -227,7 +233,8 @@ class GroupConnection:
             raise ValueError(f"request id {request.request_id!r} is in use")
         stream = GroupStream(link, request.request_id, self._window)
         link.streams[request.request_id] = stream
-        link.load += 1  # until the group's next figure, which counts it
+        tokens = len(request.prompt_ids) + len(request.output_ids)
+        link.load = link.load.after(tokens)  # until the group's next figures, which count it
         link.send({"t": "submit", "req": request.to_wire(), "credit": self._window})
         return stream
 

@@ -11,17 +11,17 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..workers import GenerationRequest, TokenOutput
+from ..workers import ErrorCode, GenerationRequest, TokenOutput
 from .connection import GroupConnection, GroupLost, GroupStream
 from .control.table import GroupEntry, RoutingTable
+from .prefix_record import PrefixRecord
+from .routing import Ask, GroupLoad
 
 log = logging.getLogger(__name__)
 
 # since (epoch, version) -> the table's wire form, None when it hasn't changed
 TableSource = Callable[[tuple[int, int]], Awaitable[dict[str, Any] | None]]
-Choose = Callable[
-    [RoutingTable, str | None, int, Mapping[str, float], AbstractSet[str]], GroupEntry | None
-]
+Choose = Callable[[RoutingTable, Ask, Mapping[str, GroupLoad], AbstractSet[str]], GroupEntry | None]
 Event = Literal["continuation", "refused", "no_group"]
 
 _HASHED_TOKENS = 256
@@ -76,6 +76,7 @@ class Dispatcher:
         self._on_event = on_event
         self._table = RoutingTable()
         self._connections: dict[str, GroupConnection] = {}
+        self._prefixes = PrefixRecord()
         self._missed = False  # the last pull failed
         self._task: asyncio.Task[None] | None = None
 
@@ -176,16 +177,20 @@ class Dispatcher:
         deadline = loop.time() + patience_s
         key = request.adapter.key if request.adapter else None
         prompt_hash = _prompt_hash(request.prompt_ids)
+        blocks = self._prefixes.blocks(key or f"{request.tenant_id}/base", request.prompt_ids)
+        tokens = len(request.prompt_ids) + len(request.output_ids)
         while True:
             usable = {
                 name: c
                 for name, c in self._connections.items()
                 if c.connected and not c.draining and name not in refused
             }
-            load = {name: c.load for name, c in usable.items()}
+            loads = {name: c.load for name, c in usable.items()}
             exclude = {e.group for e in self._table.groups if e.group not in usable}
-            entry = self._choose(self._table, key, prompt_hash, load, exclude)
+            ask = Ask(key, prompt_hash, tokens, self._prefixes.cached(blocks))
+            entry = self._choose(self._table, ask, loads, exclude)
             if entry is not None:
+                self._prefixes.note(blocks, entry.group)
                 return usable[entry.group]
             if loop.time() >= deadline:
                 return None
@@ -222,6 +227,7 @@ class Dispatcher:
             gone = entry is None or (entry.host, entry.port) != connection.address
             if gone and not connection.streams:
                 del self._connections[name]
+                self._prefixes.forget(name)
                 await connection.close()
         for name, entry in wanted.items():
             if name not in self._connections:
@@ -275,5 +281,5 @@ def _prompt_hash(prompt_ids: tuple[int, ...]) -> int:
     return zlib.crc32(head) << 32 | zlib.adler32(head)
 
 
-def _error(request: GenerationRequest, code: str, text: str) -> TokenOutput:
+def _error(request: GenerationRequest, code: ErrorCode, text: str) -> TokenOutput:
     return TokenOutput(request.request_id, finish_reason="error", error_code=code, error=text)

@@ -25,6 +25,7 @@ from .errors import ActorUnavailable
 from .logs import configure_logs
 from .metrics import IngestMetrics, Target, new_registry, serve_metrics
 from .named_actors import CONTROLLER_NAME, INGEST_NAME, NamedActor, start_named
+from .replica_address import advertised
 from .settings import Settings
 from .uploads import Uploads
 
@@ -109,7 +110,9 @@ class IngestActor(IngestWorker):
         port, _ = serve_metrics(
             self.registry, settings.metrics_host, token=token.get_secret_value() if token else None
         )
-        target = Target("ingest", settings.internal_host, port, {"replica": INGEST_NAME})
+        target = Target(
+            "ingest", advertised(settings.internal_host), port, {"replica": INGEST_NAME}
+        )
         threading.Thread(
             target=register_forever, args=(target,), name="register", daemon=True
         ).start()
@@ -166,5 +169,6 @@ def start_ingest(settings: Settings, base_model: BaseModel) -> Any:
         settings,
         base_model.to_json(),
         num_cpus=INGEST_CPUS,
+        resources=settings.control_resources,
         max_concurrency=settings.ingest_concurrency,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from .limiter import Limiter
 from .named_actors import LIMITER_NAME, start_named
+from .settings import Settings
 
 LIMITER_CPUS = 0.05
 
@@ -18,6 +19,8 @@ class LimiterWorker(Limiter):
         super().__init__(time.monotonic)
 
 
-def start_limiter() -> Any:
+def start_limiter(settings: Settings) -> Any:
     """The cluster's limiter actor, started if there is none."""
-    return start_named(LIMITER_NAME, LimiterWorker, num_cpus=LIMITER_CPUS)
+    return start_named(
+        LIMITER_NAME, LimiterWorker, num_cpus=LIMITER_CPUS, resources=settings.control_resources
+    )

@@ -61,6 +61,8 @@ class LocalRun:
         self.home = os.getcwd()
 
     def __enter__(self) -> LocalRun:
+        from ..adapter_store import host_folder
+
         self._saved = {n: signal.getsignal(n) for n in _SIGNALS}
         self._listen_to_signals()
         try:
@@ -72,6 +74,7 @@ class LocalRun:
                 self.data.ray_logs,
                 self.data.demo_json,
                 self.data.lock_fd,
+                host_folder(self.settings.disk_dir),
             )
             self._redirect_output()
             # All processes of the run inherit it: by this the watchdog knows them, and it keeps

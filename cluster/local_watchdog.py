@@ -81,14 +81,24 @@ class Watchdog:
         logs: where Ray's logs are copied to.
         remove: a file that must not outlive the run.
         keep_fd: a descriptor the watchdog holds open (the data folder's lock).
+        memory: folder of the run's shared memory; removed at the end.
     """
 
-    def __init__(self, folder: Path, ray_folder: Path, logs: Path, remove: Path, keep_fd: int):
+    def __init__(
+        self,
+        folder: Path,
+        ray_folder: Path,
+        logs: Path,
+        remove: Path,
+        keep_fd: int,
+        memory: Path | None = None,
+    ):
         read_fd, self._write_fd = os.pipe()
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-I", "-S", __file__),
                 *(str(read_fd), str(folder), str(ray_folder), str(logs), str(remove)),
+                *([str(memory)] if memory is not None else []),
             ],
             pass_fds=(read_fd, keep_fd),
             stdin=subprocess.DEVNULL,
@@ -121,7 +131,9 @@ def _copy_logs(ray_folder: str, logs: str) -> None:
         shutil.copytree(current, logs, symlinks=True, ignore_dangling_symlinks=True)
 
 
-def _watch(read_fd: int, folder: str, ray_folder: str, logs: str, remove: str) -> None:
+def _watch(
+    read_fd: int, folder: str, ray_folder: str, logs: str, remove: str, *memory: str
+) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
@@ -133,8 +145,9 @@ def _watch(read_fd: int, folder: str, ray_folder: str, logs: str, remove: str) -
     end_processes(folder, spare=[parent] if os.getppid() == parent else [])
     with contextlib.suppress(OSError, shutil.Error):
         _copy_logs(ray_folder, logs)
-    shutil.rmtree(folder, ignore_errors=True)
+    for left in (folder, *memory):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    _watch(int(sys.argv[1]), *sys.argv[2:6])
+    _watch(int(sys.argv[1]), *sys.argv[2:])

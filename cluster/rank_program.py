@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from .model import model_source
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from ..workers import EngineConfig, EngineLike
+    from ..workers import EngineConfig, EngineLike, PackSource
 
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -31,6 +32,9 @@ class RankProgram:
         store: arguments of `ObjectStore`.
         disk_dir: folder of the node's packs.
         disk_bytes: how much of it packs may fill.
+        host_bytes: how much of the node's memory they may fill; 0: none.
+        scratch: folder where packs of another version are made anew.
+        base: the model that they are made for.
         logs: of the ranks' processes.
     """
 
@@ -39,15 +43,30 @@ class RankProgram:
     store: dict[str, Any] = field(repr=False)
     disk_dir: Path
     disk_bytes: int
+    host_bytes: int
+    scratch: Path
+    base: BaseModel
     logs: LogConfig = field(default_factory=LogConfig)
 
     def build(self, rendezvous: str) -> EngineLike:
-        from ..adapter_store import DiskTier, ObjectStore
         from ..workers import Engine
 
         configure_logs(self.logs, "engine")
-        packs = DiskTier(self.disk_dir, ObjectStore(**self.store), self.disk_bytes)
-        return Engine(self._config(rendezvous), packs)
+        return Engine(self._config(rendezvous), self._packs())
+
+    def _packs(self) -> PackSource:
+        """Memory over disk over the object store."""
+        from ..adapter_store import DiskTier, HostTier, ObjectStore, Repacker, host_folder
+
+        store = ObjectStore(**self.store)
+        remake = Repacker(store, self.base, self.scratch)
+        disk = DiskTier(self.disk_dir, store, self.disk_bytes, remake=remake)
+        if not self.host_bytes:
+            return disk
+        tier = HostTier(disk, self.host_bytes, host_folder(self.disk_dir))
+        # A rank that is killed leaves its share of the memory to the node's next one.
+        atexit.register(tier.close)
+        return tier
 
     def follow(self, rank: int, rendezvous: str) -> None:
         from ..workers import run_follower
@@ -101,8 +120,11 @@ def rank_program(settings: Settings, base: BaseModel, threads: int) -> RankProgr
         model,
         settings.store_options(),
         settings.disk_dir,
-        settings.disk_cache_bytes,
-        settings.logs,
+        disk_bytes=settings.disk_cache_bytes,
+        host_bytes=settings.host_cache_bytes,
+        scratch=settings.scratch_dir,
+        base=base,
+        logs=settings.logs,
     )
 
 

@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from functools import lru_cache
 from hashlib import blake2b
 
+import numpy as np
+
 _MASK = (1 << 64) - 1
+_VECTOR_FROM = 24  # nodes from which numpy is faster
 
 
 @lru_cache(maxsize=1 << 16)
@@ -36,7 +39,23 @@ def score(key_hash: int, node: str) -> int:
 def rank(key: str | int, nodes: Iterable[str]) -> list[str]:
     """All nodes, the best for `key` first. `key` is a name or already a 64-bit hash."""
     key_hash = name_hash(key) if isinstance(key, str) else key
-    return sorted(nodes, key=lambda node: (-score(key_hash, node), node))
+    names = tuple(nodes)
+    if len(names) < _VECTOR_FROM:
+        return [node for _, node in sorted([(-score(key_hash, node), node) for node in names])]
+    x = _hashes(names) ^ np.uint64(key_hash & _MASK)  # `score`, for all of them at once
+    x ^= x >> np.uint64(33)
+    x *= np.uint64(0xFF51AFD7ED558CCD)
+    x ^= x >> np.uint64(33)
+    x *= np.uint64(0xC4CEB9FE1A85EC53)
+    x ^= x >> np.uint64(33)
+    order = np.argsort(~x, kind="stable").tolist()
+    return [names[i] for i in order]
+
+
+@lru_cache(maxsize=64)
+def _hashes(names: tuple[str, ...]) -> np.ndarray:
+    """uint64 [names]."""
+    return np.array([name_hash(name) for name in names], dtype=np.uint64)
 
 
 def pick(key: str | int, nodes: Iterable[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Keeps Ray Serve's replicas off the machine's outer addresses."""
+"""Where a replica listens and is found: off the outer addresses, unless it is asked to be there."""
 
 from __future__ import annotations
 
@@ -31,3 +31,9 @@ def listen_on_node_address() -> None:
         return original(server, f"{address}:{any_address.rpartition(':')[2]}")
 
     setattr(replica, _ADD_PORT, on_node_address)
+
+
+def advertised(host: str) -> str:
+    """The address by which others find a listener on `host`: the node's own where it listens on
+    all of them."""
+    return ray.util.get_node_ip_address() if host in ("0.0.0.0", "::") else host

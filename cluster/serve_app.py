@@ -11,6 +11,7 @@ from ray.serve.schema import ApplicationStatus
 
 from .control.actor import start_controller
 from .gateway.deployment import GATEWAY_CPUS, Gateway
+from .group_scaling import TARGET_FILL
 from .ingest import start_ingest
 from .limiter_actor import start_limiter
 from .model import base_model
@@ -24,8 +25,6 @@ GROUPS_DEPLOYMENT = "WorkerGroup"
 # Ray counts these to place processes; they aren't what a process may use.
 RANK_CPUS = 0.5
 FRONT_CPUS = 0.1
-# Streams that are open when the service stops.
-DRAIN_S = 2.0
 _ACTOR_START_S = 60.0
 
 
@@ -41,7 +40,7 @@ def start_actors(settings: Settings) -> None:
     actors = [
         start_controller(settings),
         start_ingest(settings, base_model(settings)),
-        start_limiter(),
+        start_limiter(settings),
     ]
     ray.get([actor.__ray_ready__.remote() for actor in actors], timeout=_ACTOR_START_S)
 
@@ -55,10 +54,28 @@ def build_apps(settings: Settings) -> list[serve.RunTarget]:
     Args:
         settings: with the cluster secret, the model and the device settled.
     """
+    return [
+        serve.RunTarget(gateway_app(settings), name=GATEWAY_APP, route_prefix="/"),
+        serve.RunTarget(groups_app(settings), name=GROUPS_APP, route_prefix=None),
+    ]
+
+
+def gateway_app(settings: Settings) -> serve.Application:
+    """Settings as for `build_apps`."""
+    return Gateway.options(
+        num_replicas=settings.gateway_replicas,
+        ray_actor_options={"num_cpus": GATEWAY_CPUS},
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=settings.drain_s,
+    ).bind(settings)
+
+
+def groups_app(settings: Settings) -> serve.Application:
+    """Settings as for `build_apps`."""
     threads = rank_threads(settings)
     on_gpu = settings.device == "cuda"
     token = settings.metrics_token
-    groups = WorkerGroupConfig(
+    config = WorkerGroupConfig(
         deployment=GROUPS_DEPLOYMENT,
         program=rank_program(settings, base_model(settings), threads),
         secret=settings.secret_bytes(),
@@ -71,22 +88,12 @@ def build_apps(settings: Settings) -> list[serve.RunTarget]:
         metrics_host=settings.metrics_host,
         metrics_token=token.get_secret_value() if token else None,
         step_timeout_s=settings.step_timeout_s,
-        drain_timeout_s=DRAIN_S,
+        drain_timeout_s=settings.drain_s,
         logs=settings.logs,
         trace_endpoint=settings.trace_endpoint,
     )
-    gateway = Gateway.options(
-        num_replicas=settings.gateway_replicas,
-        ray_actor_options={"num_cpus": GATEWAY_CPUS},
-        graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=DRAIN_S,
-    )
-    return [
-        serve.RunTarget(gateway.bind(settings), name=GATEWAY_APP, route_prefix="/"),
-        serve.RunTarget(
-            worker_group_app(groups, settings.groups), name=GROUPS_APP, route_prefix=None
-        ),
-    ]
+    target = TARGET_FILL * settings.max_running
+    return worker_group_app(config, settings.groups, settings.max_groups, target)
 
 
 def deploy(settings: Settings) -> None:

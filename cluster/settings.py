@@ -1,9 +1,11 @@
-"""All settings of a Loraplex cluster: one model, read from arguments and `LORAPLEX_*` variables."""
+"""All settings of a Loraplex cluster, one model: arguments, `LORAPLEX_*` variables, a file."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import secrets
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -16,23 +18,32 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from .errors import ClusterSecretError, SettingsError
 from .logs import LogConfig
+from .settings_sources import ENV_PREFIX, Sources, read_sources
 
-ENV_PREFIX = "LORAPLEX_"
 RAY_NAMESPACE = "loraplex"
 MIN_SECRET_CHARS = 32
 DEFAULT_POOL_BYTES = 1 << 30  # where there is no GPU to share out
 DEFAULT_KV_TOKENS = 16384
 
+# The file's table, while `Settings.load` builds from it.
+_file_values: ContextVar[dict[str, Any] | None] = ContextVar("_file_values", default=None)
+
 
 class Settings(BaseSettings):
     """What an operator may change. Sizes are bytes and read "512MiB"; times are seconds.
 
-    An argument wins over the variable `LORAPLEX_<FIELD>`, which wins over the default. The
-    object is frozen and picklable: it travels to every Ray actor of the cluster.
+    An argument wins over the variable `LORAPLEX_<FIELD>`, which wins over the file, which wins
+    over the default. The object is frozen and picklable: it travels to every Ray actor of the
+    cluster.
     """
 
     model_config = SettingsConfigDict(
@@ -84,9 +95,15 @@ class Settings(BaseSettings):
     store_access_key: str | None = Field(None, description="none: boto3's own search")
     store_secret_key: SecretStr | None = Field(None)
     store_region: str = Field("us-east-1")
+    store_kms_key: str | None = Field(
+        None, description="id or ARN of the KMS key of SSE-KMS; none: the bucket's own default"
+    )
 
     # Worker groups.
     groups: int = Field(2, ge=1, le=1024, description="worker groups (copies of the model)")
+    max_groups: int | None = Field(
+        None, ge=1, le=1024, description="groups are added under load up to so many; none: never"
+    )
     tp: int = Field(1, ge=1, le=64, description="ranks in a group")
     ep: int = Field(1, ge=1, le=64, description="parts that the experts are split into; divides tp")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -114,10 +131,19 @@ class Settings(BaseSettings):
     step_timeout_s: float = Field(
         30.0, ge=1, description="a group whose engine step takes longer counts as hung and restarts"
     )
+    drain_s: float = Field(
+        2.0, ge=0, description="what open requests get when a group or a gateway is to stop"
+    )
     disk_cache_bytes: ByteSize = Field(ByteSize(8 << 30), ge=1 << 20, description="a node's disk")
+    host_cache_bytes: ByteSize = Field(
+        ByteSize(2 << 30), ge=0, description="packs in a node's shared memory, /dev/shm; 0: none"
+    )
 
     # The gateway.
     gateway_replicas: int = Field(1, ge=1, le=256)
+    control_resource: str | None = Field(
+        None, description="Ray resource of the nodes that controller, ingest and limiter run on"
+    )
     ingest_concurrency: int = Field(2, ge=1, le=64, description="uploads validated at once")
     haproxy: bool = Field(False, description="Ray Serve's HAProxy mode (binds all interfaces)")
     upload_max_bytes: ByteSize = Field(
@@ -155,6 +181,14 @@ class Settings(BaseSettings):
             raise ValueError("must look like s3://bucket or s3://bucket/prefix")
         return value
 
+    @field_validator("max_groups")
+    @classmethod
+    def _check_max_groups(cls, value: int | None, info: ValidationInfo) -> int | None:
+        groups = info.data.get("groups", value)
+        if value is not None and value < groups:
+            raise ValueError(f"must be at least groups = {groups}")
+        return value
+
     @field_validator("ep")
     @classmethod
     def _check_ep(cls, value: int, info: ValidationInfo) -> int:
@@ -185,22 +219,47 @@ class Settings(BaseSettings):
         return value
 
     @classmethod
-    def load(cls, **values: Any) -> Settings:
-        """Settings from arguments (None: not given), environment and defaults.
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file_settings = InitSettingsSource(settings_cls, _file_values.get() or {})
+        return init_settings, env_settings, file_settings
+
+    @classmethod
+    def load(cls, config: Path | None = None, **values: Any) -> Settings:
+        """Settings from arguments (None: not given), environment, file and defaults.
+
+        Args:
+            config: a TOML file of settings; None: LORAPLEX_CONFIG's, if that is set.
 
         Raises:
-            SettingsError: naming every wrong setting, its value and what would be right.
+            SettingsError: naming every wrong setting, its value, where it comes from and what
+                would be right; or the file, when it can't be read.
         """
-        given = {name: value for name, value in values.items() if value is not None}
+        return cls.from_sources(read_sources(config, values))
+
+    @classmethod
+    def from_sources(cls, sources: Sources) -> Settings:
+        """Raises SettingsError as `load` does."""
+        token = _file_values.set(dict(sources.file))
         try:
-            return cls(**given)
+            return cls(**sources.arguments)
         except ValidationError as error:
-            raise SettingsError(_explain(error, given)) from None
+            raise SettingsError(_explain(error, sources)) from None
+        finally:
+            _file_values.reset(token)
 
     def changed(self, **values: Any) -> Settings:
         """A copy with other values, checked. Raises SettingsError."""
         given = {name: getattr(self, name) for name in self.model_fields_set}
-        return Settings.load(**{**given, **values})
+        values = {name: value for name, value in values.items() if value is not None}
+        # The file was read once: what it said is among the given.
+        return Settings.from_sources(Sources({**given, **values}))
 
     @property
     def rank_pool_bytes(self) -> int | None:
@@ -215,6 +274,11 @@ class Settings(BaseSettings):
     def _size(self, given: int | None, default: int) -> int | None:
         return default if given is None and self.device != "cuda" else given
 
+    @property
+    def control_resources(self) -> dict[str, float]:
+        """Ray resources that each of the named actors takes."""
+        return {self.control_resource: 0.001} if self.control_resource else {}
+
     def store_options(self) -> dict[str, Any]:
         """Plain keyword arguments for `adapter_store.ObjectStore`."""
         secret = self.store_secret_key
@@ -224,6 +288,7 @@ class Settings(BaseSettings):
             "access_key": self.store_access_key,
             "secret_key": secret.get_secret_value() if secret else None,
             "region": self.store_region,
+            "kms_key": self.store_kms_key,
         }
 
     @property
@@ -287,18 +352,26 @@ class Settings(BaseSettings):
         return self.model_copy(update={"cluster_secret": SecretStr(text)})
 
 
-def _explain(error: ValidationError, given: dict[str, Any]) -> str:
+def is_secret(name: str) -> bool:
+    """Whether a setting's value must not be shown."""
+    field = Settings.model_fields.get(name)
+    return field is not None and "SecretStr" in str(field.annotation)
+
+
+def _explain(error: ValidationError, sources: Sources) -> str:
     lines = []
     for item in error.errors():
         name = str(item["loc"][0]) if item["loc"] else "?"
-        reason = item["msg"].removeprefix("Value error, ")
+        where = sources.label(name)
         if item["type"] == "extra_forbidden":
-            lines.append(f"{name}: there is no such setting")
+            close = difflib.get_close_matches(name, Settings.model_fields, 1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            lines.append(f"{where}: there is no such setting{meant}")
             continue
+        reason = item["msg"].removeprefix("Value error, ")
         field = Settings.model_fields.get(name)
-        variable = ENV_PREFIX + name.upper()
-        where = name if name in given else variable
-        shown = "(hidden)" if "secret" in name or name == "metrics_token" else repr(item["input"])
+        shown = "(hidden)" if is_secret(name) else repr(item["input"])
         hint = f" ({field.description})" if field is not None and field.description else ""
-        lines.append(f"{where} = {shown}: {reason}{hint}")
+        flag = " [by a flag]" if sources.origin(name) == "flag" else ""
+        lines.append(f"{where} = {shown}: {reason}{hint}{flag}")
     return "\n".join(lines)

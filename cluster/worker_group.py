@@ -6,8 +6,10 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.util import get_current_placement_group
 
 from ..workers import (
@@ -18,10 +20,11 @@ from ..workers import (
     RankPlacement,
     RankProgram,
 )
+from .group_scaling import METRIC, ByOpenSequences
 from .logs import LogConfig, configure_logs
 from .metrics import EngineMetrics, MetricsServer, new_registry, serve_metrics
 from .named_actors import CONTROLLER_NAME, NamedActor
-from .replica_address import listen_on_node_address
+from .replica_address import advertised, listen_on_node_address
 from .tracing import make_tracer
 
 log = logging.getLogger(__name__)
@@ -70,15 +73,25 @@ class WorkerGroupConfig:
     trace_endpoint: str | None = None
 
 
-def worker_group_app(config: WorkerGroupConfig, groups: int) -> serve.Application:
-    """The Serve application of `groups` groups."""
+def worker_group_app(
+    config: WorkerGroupConfig,
+    groups: int,
+    max_groups: int | None = None,
+    target_sequences: float = 1.0,
+) -> serve.Application:
+    """The Serve application of `groups` groups.
+
+    Args:
+        max_groups: groups are added and taken away between the two numbers; None: they are fixed.
+        target_sequences: open in each group, which more groups are started for.
+    """
     rank: dict[str, float] = {"CPU": config.rank_cpus}
     if config.rank_gpus:
         rank["GPU"] = config.rank_gpus
     deployment = serve.deployment(
         WorkerGroup,
         name=config.deployment,
-        num_replicas=groups,
+        **_replicas(groups, max_groups, target_sequences),
         ray_actor_options={"num_cpus": config.front_cpus},
         # One node holds a whole group: its ranks talk over loopback and share the node's packs.
         placement_group_bundles=[{"CPU": config.front_cpus}, *([rank] * config.tp_size)],
@@ -89,6 +102,17 @@ def worker_group_app(config: WorkerGroupConfig, groups: int) -> serve.Applicatio
         graceful_shutdown_timeout_s=config.drain_timeout_s + 10.0,
     )
     return deployment.bind(config)
+
+
+def _replicas(groups: int, max_groups: int | None, target: float) -> dict[str, Any]:
+    if max_groups is None:
+        return {"num_replicas": groups}
+    scaling = AutoscalingConfig(
+        min_replicas=groups,
+        max_replicas=max_groups,
+        policy=AutoscalingPolicy(policy_function=ByOpenSequences, policy_kwargs={"target": target}),
+    )
+    return {"autoscaling_config": scaling}
 
 
 class WorkerGroup:
@@ -136,6 +160,11 @@ class WorkerGroup:
             await self._stop()
             raise
         self._reports = asyncio.get_running_loop().create_task(self._report())
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve where groups are added under load."""
+        report = self._front.report
+        return {METRIC: report.running + report.queued}
 
     async def check_health(self) -> None:
         """Called by Serve, which restarts the replica when this raises."""
@@ -186,7 +215,7 @@ class WorkerGroup:
         return GroupReport(
             deployment=self._config.deployment,
             group=self._group,
-            host=self._config.host,
+            host=advertised(self._config.host),
             port=self._front.port,
             metrics_port=self._metrics_port,
             # A failed group is on its way out as well: nobody should be sent to it.

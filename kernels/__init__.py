@@ -29,8 +29,10 @@ from .reference import (
     gather_factors,
     lora_linear_reference,
     moe_reference,
+    scatter_pieces_reference,
 )
 from .runner import MoeBackend, MoeRunner
+from .scatter_pieces import PIECE_FIELDS, scatter_pieces_
 from .softmax_topk import softmax_topk
 from .torch_backend import TorchBackend
 
@@ -39,6 +41,7 @@ __all__ = [
     "FP8_BLOCK",
     "FUSED_GATE_UP",
     "MAX_RANK",
+    "PIECE_FIELDS",
     "SHARED_A13",
     "SHARED_B2",
     "TILE_TOKENS",
@@ -71,6 +74,8 @@ __all__ = [
     "moe_reference",
     "paged_attention",
     "qkv_prepare",
+    "scatter_pieces_",
+    "scatter_pieces_reference",
     "softmax_topk",
     "write_kv",
 ]

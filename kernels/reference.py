@@ -165,3 +165,19 @@ def lora_linear_reference(
 
 def _block(pool: torch.Tensor, offset: int, rows: int, columns: int) -> torch.Tensor:
     return pool[offset : offset + rows * columns].view(rows, columns).float()
+
+
+def scatter_pieces_reference(
+    pool: torch.Tensor, staged: torch.Tensor, pieces: torch.Tensor
+) -> torch.Tensor:
+    """What `scatter_pieces_` makes of `pool`, element by element."""
+    result = pool.clone()
+    largest = torch.finfo(pool.dtype).max
+    for first, place, size, columns, stored in pieces.tolist():
+        for n in range(size):
+            row, column = divmod(n, stored)
+            value = 0.0
+            if column < columns:
+                value = float(staged[first + row * columns + column])
+            result[place + n] = min(max(value, -largest), largest)
+    return result

@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from .group import GroupRanks, RankPlacement
     from .handshake import ClientHandshake
     from .model_runner import run_follower
+    from .pace import Pace
     from .pool.packs import PackSource
     from .report import EngineReport, GroupReport
     from .request import (
         AdapterRef,
+        ErrorCode,
         FinishReason,
         GenerationRequest,
         Grammar,
@@ -53,6 +55,7 @@ _HOME = {
     "EngineConfig": "config",
     "EngineLike": "engine_process",
     "EngineReport": "report",
+    "ErrorCode": "request",
     "FinishReason": "request",
     "Frame": "wire",
     "FrameProtocol": "channels",
@@ -70,6 +73,7 @@ _HOME = {
     "ModelFilesInvalid": "errors",
     "ModelUnsupported": "errors",
     "PING_EVERY_S": "wire",
+    "Pace": "pace",
     "PackSource": "pool.packs",
     "PoolFull": "errors",
     "RankPlacement": "group",
@@ -97,6 +101,7 @@ __all__ = [
     "EngineConfig",
     "EngineLike",
     "EngineReport",
+    "ErrorCode",
     "FinishReason",
     "Frame",
     "FrameProtocol",
@@ -112,6 +117,7 @@ __all__ = [
     "ModelConfig",
     "ModelFilesInvalid",
     "ModelUnsupported",
+    "Pace",
     "PackSource",
     "PoolFull",
     "RankPlacement",

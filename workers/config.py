@@ -198,7 +198,7 @@ class EngineConfig:
     max_slots: int = 256
     max_lora_rank: int = 64  # on a GPU, whose kernels set aside room for it; 256 at most
     base_fingerprint: str | None = None  # packs made for another base are refused
-    load_threads: int = 4
+    load_threads: int = 16
     overtake_limit: int = 8  # requests that may pass one that waits for room in the pool
     torch_threads: int = 0  # 0: leave torch's default
     # Launch a step before the tokens of the one before it are read. None: on GPUs.

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import torch
 
-from .weights import whole_slices
+from .weights import TensorSource
 
 _STD = 0.02  # about the `initializer_range` of published configs
 
 
-class DummyCheckpoint:
+class DummyCheckpoint(TensorSource):
     """Every tensor that is asked for: normal with standard deviation 0.02, ones for norms. FP8
     weights have codes of deviation 1 and scales of 0.02; of experts alone, for others would only be
     dequantised.
@@ -25,28 +25,24 @@ class DummyCheckpoint:
     def __init__(self, dtype: torch.dtype, device: str):
         self.dtype, self.device = dtype, device
         self._lock = threading.Lock()
-        self.read_bytes = 0
+        self.read_bytes = 0  # of all that it gave
 
     def __contains__(self, name: str) -> bool:
         """Of several layouts, the loader takes the one that it asks for first."""
         return not name.endswith("_scale_inv") or ".experts." in name
 
-    def get(
+    def read(
         self,
         name: str,
         shape: Sequence[int],
-        rows: slice | None = None,
-        cols: slice | None = None,
-        depth: slice | None = None,
-        into: torch.Tensor | None = None,
-        dtype: torch.dtype | None = None,
+        slices: tuple[slice, ...],
+        into: torch.Tensor | None,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
-        """See `weights.TensorSource`."""
-        slices = whole_slices(shape, rows, cols, depth)
         out = into
         if out is None:
             sizes = [s.stop - s.start for s in slices]
-            out = torch.empty(sizes, dtype=dtype or self.dtype, device=self.device)
+            out = torch.empty(sizes, dtype=dtype, device=self.device)
         with self._lock:
             self.read_bytes += out.nbytes
         if name.endswith("norm.weight"):

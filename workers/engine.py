@@ -8,6 +8,7 @@ what turns out to have ended has one token computed in vain, which nobody sees.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -21,11 +22,12 @@ from .flight import StepResult, launch
 from .host_state import HostState
 from .kv_blocks import KVBlocks
 from .model_runner import ModelRunner
+from .pace import Pace
 from .planning import Plan, plan_step
 from .pool.packs import PackFetcher, PackSource
 from .pool.residency import Residency
 from .report import EngineReport
-from .request import AdapterRef, FinishReason, GenerationRequest, TokenOutput
+from .request import AdapterRef, ErrorCode, FinishReason, GenerationRequest, TokenOutput
 from .sampling.grammar import Grammars
 from .scheduler import Refusal, Scheduler
 from .sequence import Sequence
@@ -34,7 +36,11 @@ from .step import Step
 log = logging.getLogger(__name__)
 
 _COMPILE_S = 10.0  # that a request's grammar may take, waiting for others' included
-_REST_S = 0.002  # of a step that has nothing to do until a grammar is compiled
+# Of a step that has nothing to do until a grammar is compiled or an adapter has come.
+_REST_S = 0.002
+# Python's threads take turns: opening and planning packs beside the steps mustn't hold one up for
+# Python's usual 5 ms, which is as long as a step.
+_SWITCH_S = 0.0005
 
 
 @dataclass(frozen=True)
@@ -55,13 +61,19 @@ class Engine:
             packs: where the packs of adapters come from.
             comm: rank 0's; made from the config when None.
         """
+        sys.setswitchinterval(_SWITCH_S)
         self._comm = comm or Comm(0, config.tp_size, config.rendezvous, config.device)
         self._runner = ModelRunner(config, self._comm)
         self.config = config = self._runner.config  # with the sizes that were derived
         self._packs = packs
         self._fetcher = PackFetcher(packs, config.load_threads)
         self._kv = KVBlocks(self._runner.kv_blocks, config.block_size)
-        self._residency = Residency(self._runner.pool, self._fetcher, config.base_fingerprint)
+        self._residency = Residency(
+            self._runner.pool,
+            self._fetcher,
+            config.base_fingerprint,
+            config.model.num_layers,
+        )
         self._scheduler = Scheduler(
             self._kv,
             self._residency,
@@ -71,6 +83,8 @@ class Engine:
         )
         model = config.model
         self._grammars = Grammars(config.model_path, model.vocab_size, model.eos_token_ids)
+        self._pace = Pace()
+        self._ended = 0  # sequences, since the last step
         self._sequences: dict[str, Sequence] = {}
         self._flight: _Flight | None = None  # launched, not read
         self._early: list[TokenOutput] = []  # refusals made outside a step
@@ -127,6 +141,9 @@ class Engine:
         seq = self._sequences.pop(request_id, None)
         if seq is not None:
             self._scheduler.remove(seq)
+            key = seq.adapter_key
+            if key and all(other.adapter_key != key for other in self._sequences.values()):
+                self._residency.give_up(key)
 
     def has_work(self) -> bool:
         return bool(
@@ -169,9 +186,11 @@ class Engine:
     def _advance(self) -> list[TokenOutput]:
         """Launches a step if there is one, and collects the one before it."""
         started = time.perf_counter()
+        self._residency.settle()
         self._residency.prefetch()
         outputs: list[TokenOutput] = []
         before, self._flight = self._flight, None
+        read = before  # whose end this call waits for, with overlap
         if before is not None and self._scheduler.may_preempt():
             outputs += self._collect(before)
             before = None
@@ -186,7 +205,14 @@ class Engine:
                 outputs += self._collect(flight)
             self._report.steps += 1
         if flight is not None or before is not None:
-            self._report.step_seconds += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self._report.step_seconds += seconds
+            timed = read or flight
+            work = [] if timed is None else timed.plan.work
+            self._pace.stepped(seconds, sum(w.count for w in work if w.count > 1), self._ended)
+            self._ended = 0
+        elif not outputs:
+            self._residency.rest(_REST_S)
         return outputs
 
     def set_desired(self, adapters: list[AdapterRef]) -> None:
@@ -204,11 +230,16 @@ class Engine:
     def report(self) -> EngineReport:
         r, s, res = self._report, self._scheduler, self._residency
         r.queued, r.running = len(s.waiting), len(s.running)
+        r.token_s = self._pace.token_s
+        r.max_running = self.config.max_running
+        free_rows = r.max_running - r.running
+        r.wait_s = self._pace.wait_s(s.prompt_tokens_pending(), r.queued, free_rows)
         r.kv_blocks_total, r.kv_blocks_used = self._kv.total, self._kv.used
         r.preemptions, r.prefix_hit_tokens = s.preemptions, s.prefix_hit_tokens
         r.pool_bytes_total = self._runner.pool.total_bytes
         r.pool_bytes_used = self._runner.pool.used_bytes
         r.gpu, r.disk, r.loading = res.resident(), self._packs.resident(), res.loading
+        r.host = self._packs.host_resident()
         r.loads, r.load_seconds, r.load_bytes = dict(res.loads), res.load_seconds, res.load_bytes
         r.load_failures, r.evictions = res.load_failures, res.evictions
         r.compiles_after_ready = len(self._runner.compiles.kernels)
@@ -220,10 +251,11 @@ class Engine:
         if self.config.tp_size > 1:
             self._comm.broadcast_message(Step(stop=True).to_wire())
         self._fetcher.close()
+        self._residency.close()
         self._grammars.close()
         self._comm.close()
 
-    def _wrong_with(self, request: GenerationRequest) -> tuple[str, str] | None:
+    def _wrong_with(self, request: GenerationRequest) -> tuple[ErrorCode, str] | None:
         config, n = self.config, len(request.prompt_ids)
         if request.request_id in self._sequences or request.request_id in self._compiling:
             return "duplicate_request", f"request id {request.request_id!r} is in use"
@@ -279,11 +311,13 @@ class Engine:
         return flight, refused
 
     def _execute(self, plan: Plan) -> Callable[[], StepResult]:
-        return launch(self._runner, plan)
+        # A step that waits for a load says nothing of how long its tokens take.
+        return launch(self._runner, plan, timed=plan.prefills and not self._residency.loads_run)
 
     def _collect(self, flight: _Flight) -> list[TokenOutput]:
         """Reads a launched step's result; what it says of sequences that have ended is dropped."""
         plan, result = flight.plan, flight.wait()
+        self._residency.speeds.prefilled(plan.tokens, result.seconds)
         for w in plan.work:
             if not w.seq.removed:
                 self._count_tokens(w.seq, prompt=w.count if w.count > 1 or not w.seq.started else 0)
@@ -360,9 +394,10 @@ class Engine:
                 counts[seq.owner] = counts.get(seq.owner, 0) + n
 
     def _end(self, seq: Sequence) -> None:
+        self._ended += 1
         del self._sequences[seq.request.request_id]
         self._scheduler.remove(seq)
 
 
-def _failed(request_id: str, code: str, message: str) -> TokenOutput:
+def _failed(request_id: str, code: ErrorCode, message: str) -> TokenOutput:
     return TokenOutput(request_id, finish_reason="error", error_code=code, error=message)

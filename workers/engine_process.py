@@ -21,7 +21,7 @@ from .errors import WireError
 from .rank_watch import BEAT_EVERY_S
 from .report import EngineReport
 from .request import AdapterRef, GenerationRequest, TokenOutput
-from .wire import Frame, encode, encode_batch, error_output
+from .wire import Frame, encode, encode_batch
 
 REPORT_EVERY_S = 0.5
 # A step that had nothing to do (it waits for a load, say) returns at once; without a rest the
@@ -123,20 +123,24 @@ class EngineLoop:
         rest_s = 0.0
         while True:
             idle_s = self._next_report - time.monotonic()
-            frames = self._inbox.take(rest_s if self._engine.has_work() else idle_s)
-            if frames is None:
+            orders = self._inbox.take(rest_s if self._engine.has_work() else idle_s)
+            if orders is None:
                 return
-            outputs = self._apply(frames)
+            self._apply(orders)
+            outputs: list[dict[str, Any]] = []
             rest_s = 0.0
             if self._engine.has_work():
                 started = time.monotonic()
                 made = self._engine.step()
                 if not made and time.monotonic() - started < _EMPTY_STEP_S:
                     rest_s = _REST_S
-                outputs += [output.to_wire() for output in made]
+                outputs = [output.to_wire() for output in made]
             if outputs:
-                for data in encode_batch(outputs):
+                frames, ended = encode_batch(outputs)
+                for data in frames:
                     self._send(data)
+                for request_id in ended:
+                    self._engine.abort(request_id)
             # A first output that waited for a load tells that residency has changed.
             loaded = any(o.get("tier") in ("host", "disk", "s3") for o in outputs)
             if loaded or time.monotonic() >= self._next_report:
@@ -144,19 +148,13 @@ class EngineLoop:
                 report = self._engine.report().to_wire()
                 self._send(encode({"t": "report", "report": report}))
 
-    def _apply(self, frames: Iterable[Frame]) -> list[dict[str, Any]]:
-        """Tells the engine; returns errors for requests that can't be read."""
-        refused: list[dict[str, Any]] = []
+    def _apply(self, frames: Iterable[Frame]) -> None:
+        """Tells the engine."""
         for frame in frames:
             kind = frame["t"]
             if kind == "submit":
-                try:
-                    request = GenerationRequest.from_wire(frame["req"])
-                except (KeyError, TypeError, ValueError) as e:
-                    text = f"the request can't be read: {type(e).__name__}: {e}"
-                    refused.append(error_output(frame["req"]["id"], "bad_request", text))
-                    continue
-                self._engine.submit(request)
+                # The front has read it once already: only what can be read comes here.
+                self._engine.submit(GenerationRequest.from_wire(frame["req"]))
             elif kind == "abort":
                 for request_id in frame["ids"]:
                     self._engine.abort(request_id)
@@ -167,7 +165,6 @@ class EngineLoop:
                     self._engine.purge(key)
             else:
                 raise WireError(f"the front sent a frame of unknown type {kind!r}")
-        return refused
 
 
 class _FrontLost(Exception):

@@ -84,6 +84,7 @@ class ModelRunner:
         if on_gpu:
             self._warm_up_sampling()
             self.warm_up()
+            self.pool.warm_up()
             if config.cuda_graphs:
                 self.graphs = self.decode_graphs()
                 self.captured = self.graphs.capture()
@@ -214,10 +215,13 @@ class ModelRunner:
     def apply_changes(self, step: Step) -> None:
         """Follows rank 0's pool: the same loads and unloads in the same order."""
         for change in step.changes:
-            if change.path is None:
-                self.pool.unload(change.slot)
+            if change.what == "load":
+                assert change.path is not None
+                self.pool.start_load(change.slot, Pack.open(change.path, verify=False))
+            elif change.what == "show":
+                self.pool.show(change.slot)
             else:
-                self.pool.load(change.slot, Pack.open(change.path, verify=False))
+                self.pool.unload(change.slot)
 
     @torch.inference_mode()
     def run(self, step: Step, num_adapters: int | None = None) -> torch.Tensor:
@@ -235,6 +239,7 @@ class ModelRunner:
         """
         inputs = StepInputs.of(step)
         if self.graphs is not None and inputs.decode and num_adapters is None:
+            self.pool.await_layer()
             hidden = self.graphs.run(step.sequences, inputs)[: len(step.sequences)]
         else:
             hidden = self._forward(step, inputs, num_adapters or inputs.num_adapters)

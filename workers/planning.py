@@ -41,6 +41,16 @@ class Plan:
         """Whether a draw changes what the host has to say of the next one."""
         return any(d.params.host_state for d in self.draws)
 
+    @property
+    def tokens(self) -> int:
+        """That go through the model."""
+        return sum(w.count for w in self.work)
+
+    @property
+    def prefills(self) -> bool:
+        """Whether it has more than decoding sequences."""
+        return self.tokens > len(self.work)
+
     def index_of_draws(self) -> dict[Sequence, int]:
         return {seq: i for i, seq in enumerate(self.drawing)}
 

@@ -19,6 +19,7 @@ class EngineReport:
     ready_seconds: float = 0.0  # from rank 0's start to the end of its warm-up
     queued: int = 0
     running: int = 0
+    max_running: int = 0  # sequences decoded together
     steps: int = 0
     step_seconds: float = 0.0
     kv_blocks_total: int = 0
@@ -26,12 +27,18 @@ class EngineReport:
     preemptions: int = 0
     pool_bytes_total: int = 0
     pool_bytes_used: int = 0
+    host_bytes_total: int = 0  # of the node's tier in memory; 0: it has none
+    wait_s: float = 0.0  # expected until a new request's prompt is begun
+    token_s: float = 0.0  # that a prompt token takes, in steps with others
     gpu: dict[str, int] = field(default_factory=dict)  # resident in the pool: key -> bytes
+    host: dict[str, int] = field(default_factory=dict)  # packs in this node's memory: key -> bytes
     disk: dict[str, int] = field(default_factory=dict)  # packs on this node's disk: key -> bytes
     loading: list[str] = field(default_factory=list)
     prompt_tokens: dict[str, int] = field(default_factory=dict)  # key -> tokens, cumulative
     output_tokens: dict[str, int] = field(default_factory=dict)
-    loads: dict[str, int] = field(default_factory=dict)  # source tier ("disk", "s3") -> count
+    loads: dict[str, int] = field(
+        default_factory=dict
+    )  # source tier ("host", "disk", "s3") -> count
     load_seconds: float = 0.0
     load_bytes: int = 0
     load_failures: int = 0

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .request_check import check_request
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 GrammarKind = Literal["json_schema", "regex", "choice", "grammar"]
+# Why a request failed, for programs; stable. What each means over HTTP stands in the gateway.
+ErrorCode = Literal[
+    # the request
+    "bad_request",  # it can't be read
+    "duplicate_request",
+    "empty_prompt",
+    "invalid_token",
+    "context_length_exceeded",
+    "invalid_grammar",
+    # on its way
+    "grammar_failed",
+    "nonfinite_logits",
+    "response_too_large",
+    "client_too_slow",
+    # its adapter
+    "adapter_too_large",
+    "adapter_load_failed",
+    # its group
+    "overloaded",
+    "draining",
+    "group_failed",
+    "engine_failed",
+    "no_group",  # the dispatcher found none
+]
 
 
 @dataclass(frozen=True)
@@ -90,8 +117,7 @@ class SamplingParams:
         return msg
 
     @classmethod
-    def from_wire(cls, msg: dict[str, Any]) -> SamplingParams:
-        """Raises KeyError, TypeError or ValueError for what isn't one."""
+    def from_wire(cls, msg: Mapping[str, Any]) -> SamplingParams:
         fields = dict(msg)
         fields["stop_token_ids"] = tuple(fields.get("stop_token_ids", ()))
         fields["logit_bias"] = tuple((int(i), float(v)) for i, v in fields.get("logit_bias", ()))
@@ -139,7 +165,9 @@ class GenerationRequest:
         return msg
 
     @classmethod
-    def from_wire(cls, msg: dict[str, Any]) -> GenerationRequest:
+    def from_wire(cls, msg: Mapping[str, Any]) -> GenerationRequest:
+        """Raises ValueError for what isn't one; see `request_check`."""
+        check_request(msg)
         return cls(
             request_id=msg["id"],
             prompt_ids=tuple(msg["prompt"]),
@@ -166,9 +194,7 @@ class TokenOutput:
     """What one engine step produced for one request.
 
     `tier` is set on the first output: where the adapter was when the request was admitted.
-    `error_code` is stable ("adapter_load_failed", "context_length_exceeded", "nonfinite_logits",
-    "adapter_too_large", "invalid_grammar", "grammar_failed", "engine_failed", ...); `error` says it
-    in words.
+    `error` says `error_code` in words.
     """
 
     request_id: str
@@ -176,7 +202,7 @@ class TokenOutput:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] | None = None
     finish_reason: FinishReason | None = None
-    error_code: str | None = None
+    error_code: ErrorCode | None = None
     error: str | None = None
     tier: str | None = None  # "base" | "gpu" | "host" | "disk" | "s3"
     cached_tokens: int = 0

@@ -70,6 +70,10 @@ class Scheduler:
         if seq.flights == 0:
             self._free(seq)
 
+    def prompt_tokens_pending(self) -> int:
+        """Of prompts that wait or are begun: tokens that aren't computed yet."""
+        return sum(s.pending for s in (*self.waiting, *self.running) if s.pending > 1)
+
     def may_preempt(self) -> bool:
         """Whether the next `schedule` might take blocks from a running sequence.
 
@@ -136,7 +140,7 @@ class Scheduler:
             if blocked is not None and blocked.overtaken >= self._overtake_limit:
                 return
             try:
-                slot, tier = self._acquire(seq)
+                slot, tier = self._acquire(seq, min(seq.pending, budget))
             except Waiting as wait:
                 if wait.for_room and blocked is None:
                     blocked = seq
@@ -165,10 +169,10 @@ class Scheduler:
             if blocked is not None:
                 blocked.overtaken += 1
 
-    def _acquire(self, seq: Sequence) -> tuple[int, str]:
+    def _acquire(self, seq: Sequence, tokens: int) -> tuple[int, str]:
         if seq.request.adapter is None:
             return -1, "base"
-        return self._residency.acquire(seq.request.adapter)
+        return self._residency.acquire(seq.request.adapter, tokens)
 
     def _match_prefix(self, seq: Sequence) -> None:
         if seq.prompt_logprobs is not None:
@@ -213,5 +217,5 @@ class Scheduler:
         seq.blocks = []
         seq.computed = 0
         if seq.slot is not None and seq.slot >= 0:
-            self._residency.release(seq.slot)
+            self._residency.release(seq.slot, drop=seq.purged)
         seq.slot = None

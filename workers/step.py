@@ -7,7 +7,7 @@ their tables on the same step.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass
@@ -28,10 +28,16 @@ class SequenceStep:
 
 @dataclass
 class SlotChange:
-    """Fill `slot` from the pack at `path`, or empty it where `path` is None."""
+    """What becomes of an adapter slot.
 
+    "load": fill its pages from the pack at `path`, in the background. "show": from this step on,
+    the tables name it; its load has ended on rank 0, and other ranks' devices wait for theirs.
+    "unload": empty it; also one that was never shown.
+    """
+
+    what: Literal["load", "show", "unload"]
     slot: int
-    path: str | None
+    path: str | None = None
 
 
 @dataclass
@@ -49,7 +55,7 @@ class Step:
                 [s.token_ids, s.start, s.blocks, s.slot, s.logits_from, s.carried]
                 for s in self.sequences
             ],
-            "c": [[c.slot, c.path] for c in self.changes],
+            "c": [[c.what, c.slot, c.path] for c in self.changes],
             "ids": self.shared_ids,
             "stop": self.stop,
         }

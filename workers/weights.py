@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
 
 import torch
 
@@ -17,17 +17,13 @@ from .safetensors_file import SafetensorsFile
 _SCRATCH_BYTES = 32 << 20  # for one thread; an expert's projection has a few MB
 
 
-class TensorSource(Protocol):
-    """Where the loader takes a rank's weights from."""
+class TensorSource(ABC):
+    """Where the loader takes a rank's weights from. Several threads may call `get`."""
 
     dtype: torch.dtype  # the model's
     device: str
 
-    @property
-    def read_bytes(self) -> int:
-        """Of all that `get` gave so far, before it was cast."""
-        ...
-
+    @abstractmethod
     def __contains__(self, name: str, /) -> bool: ...
 
     def get(
@@ -55,14 +51,24 @@ class TensorSource(Protocol):
         Raises:
             ModelFilesInvalid: there is no such tensor, or it has another shape or such a dtype.
         """
-        ...
+        wanted = into.dtype if into is not None else dtype or self.dtype
+        return self.read(name, shape, whole_slices(shape, rows, cols, depth), into, wanted)
+
+    @abstractmethod
+    def read(
+        self,
+        name: str,
+        shape: Sequence[int],
+        slices: tuple[slice, ...],
+        into: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """`get` of slices with start and end, one for each dimension; `into`, if given, is of
+        `dtype`."""
 
 
-class Checkpoint:
-    """Opened shards of a model folder, addressed by tensor name. Use as a context manager.
-
-    Several threads may call `get`.
-    """
+class Checkpoint(TensorSource):
+    """Opened shards of a model folder, addressed by tensor name. Use as a context manager."""
 
     def __init__(self, folder: str | Path, dtype: torch.dtype, device: str):
         self._folder = Path(folder)
@@ -104,17 +110,14 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
-    def get(
+    def read(
         self,
         name: str,
         shape: Sequence[int],
-        rows: slice | None = None,
-        cols: slice | None = None,
-        depth: slice | None = None,
-        into: torch.Tensor | None = None,
-        dtype: torch.dtype | None = None,
+        slices: tuple[slice, ...],
+        into: torch.Tensor | None,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
-        """See TensorSource."""
         if name not in self._file_of:
             raise ModelFilesInvalid(f"{self._folder}: no shard holds the tensor {name!r}")
         file = self._file_of[name]
@@ -125,18 +128,17 @@ class Checkpoint:
                 f"says {list(shape)}"
             )
         stored = file.tensors[name].dtype
-        wanted = into.dtype if into is not None else dtype or self.dtype
-        codes = not wanted.is_floating_point or 1 in (wanted.itemsize, stored.itemsize)
-        if codes and stored != wanted:
+        codes = not dtype.is_floating_point or 1 in (dtype.itemsize, stored.itemsize)
+        if codes and stored != dtype:
             raise ModelFilesInvalid(
-                f"{self._folder}: the tensor {name!r} is of {stored}, {wanted} is needed"
+                f"{self._folder}: the tensor {name!r} is of {stored}, {dtype} is needed"
             )
-        part = file.read(name, whole_slices(shape, rows, cols, depth), self._scratch)
+        part = file.read(name, slices, self._scratch)
         with self._lock:
             self.read_bytes += part.nbytes
         out = into
         if out is None:
-            out = torch.empty(part.shape, dtype=wanted, device=self.device)
+            out = torch.empty(part.shape, dtype=dtype, device=self.device)
         return out.copy_(part)
 
     def _scratch(self, nbytes: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import msgpack
 
 from .errors import WireError
+from .request import ErrorCode
 
 MAX_FRAME_BYTES = 64 << 20  # prompt logprobs of a long prompt are the largest frames
 MAX_HANDSHAKE_BYTES = 4096  # what a peer may send before it has proved that it knows the secret
@@ -42,23 +43,32 @@ def encode(frame: Mapping[str, Any]) -> bytes:
     return len(body).to_bytes(_HEADER_BYTES, "big") + body
 
 
-def encode_batch(outputs: Sequence[Mapping[str, Any]], **fields: Any) -> list[bytes]:
+def encode_batch(
+    outputs: Sequence[Mapping[str, Any]], **fields: Any
+) -> tuple[list[bytes], list[str]]:
     """Frames of type "batch" that carry `outputs` (`TokenOutput.to_wire`): one, if it fits.
 
     An output that is too large for any frame is replaced by an error for its request, so that
     one request can't end a connection that others share.
+
+    Returns:
+        The frames, and the ids of requests that were ended so: what works on them is to stop.
     """
     try:
-        return [encode({"t": "batch", "out": outputs, **fields})]
+        return [encode({"t": "batch", "out": outputs, **fields})], []
     except WireError as e:
         if len(outputs) > 1:
             half = len(outputs) // 2
-            return encode_batch(outputs[:half], **fields) + encode_batch(outputs[half:], **fields)
-        error = error_output(outputs[0]["id"], "response_too_large", str(e))
-        return [encode({"t": "batch", "out": [error], **fields})]
+            first, ended = encode_batch(outputs[:half], **fields)
+            second, also_ended = encode_batch(outputs[half:], **fields)
+            return first + second, ended + also_ended
+        request_id = outputs[0]["id"]
+        text = f"the answer is too large: {e}; ask for fewer logprobs"
+        error = error_output(request_id, "response_too_large", text)
+        return [encode({"t": "batch", "out": [error], **fields})], [request_id]
 
 
-def error_output(request_id: str, code: str, error: str) -> Frame:
+def error_output(request_id: str, code: ErrorCode, error: str) -> Frame:
     """The wire form of the `TokenOutput` that ends a request with an error."""
     return {
         "id": request_id,

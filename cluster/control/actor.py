@@ -23,6 +23,7 @@ from ..metrics import (
     serve_routes,
 )
 from ..named_actors import CONTROLLER_NAME, start_named
+from ..replica_address import advertised
 from ..settings import Settings
 from .controller import Controller, ControllerConfig
 from .deleted import deleted_adapters
@@ -39,7 +40,14 @@ _NUM_CPUS = 0.05
 def start_controller(settings: Settings, config: ControllerConfig | None = None) -> Any:
     """Starts the controller's actor, or finds the one that runs; returns its handle."""
     config = config or ControllerConfig()
-    return start_named(CONTROLLER_NAME, ControllerActor, settings, config, num_cpus=_NUM_CPUS)
+    return start_named(
+        CONTROLLER_NAME,
+        ControllerActor,
+        settings,
+        config,
+        num_cpus=_NUM_CPUS,
+        resources=settings.control_resources,
+    )
 
 
 class ControllerActor:
@@ -161,7 +169,7 @@ class ControllerActor:
     def _all_targets(self, controller: Controller) -> list[Target]:
         own = Target(
             "controller",
-            self._settings.internal_host,
+            advertised(self._settings.internal_host),
             self._exporter_port,
             {"replica": CONTROLLER_NAME},
         )

@@ -23,8 +23,10 @@ class Board:
         demand: Mapping[str, float],
         sizes: Mapping[str, int],
         barred: AbstractSet[tuple[str, str]] = frozenset(),
+        spare: float = 0.0,
     ) -> None:
-        """`barred`: (adapter key, group) pairs that get no new copy."""
+        """`barred`: (adapter key, group) pairs that get no new copy. `spare`: share of every pool
+        that is left free."""
         reports = {g.group: g.engine for g in groups}
         self.names = sorted(reports)
         self.demand = demand
@@ -32,7 +34,7 @@ class Board:
         self.keys: dict[str, set[str]] = {name: set() for name in self.names}
         self.load = dict.fromkeys(self.names, 0.0)
         self._held = {name: reports[name].gpu for name in self.names}
-        self._capacity = {name: reports[name].pool_bytes_total for name in self.names}
+        self._capacity = {n: int((1 - spare) * reports[n].pool_bytes_total) for n in self.names}
         self._used = dict.fromkeys(self.names, 0)
         self._sizes = sizes
         self._barred = barred
@@ -40,14 +42,20 @@ class Board:
         for name in self.names:
             for key in self._held[name]:
                 self._holders.setdefault(key, set()).add(name)
+        self._near: dict[str, set[str]] = {}
+        for name in self.names:
+            for key in reports[name].host or reports[name].disk:
+                self._near.setdefault(key, set()).add(name)
         self._orders: dict[str, list[str]] = {}
         self._ranked: dict[str, list[str]] = {}
         self._most_free: int | None = None
 
     def order(self, key: str) -> list[str]:
-        """All groups, the adapter's rendezvous-hashed home first."""
+        """All groups as they rank by the adapter's hash, those that have its pack before others."""
         if key not in self._orders:
-            self._orders[key] = rank(key, self.names)
+            near = self._near.get(key, ())
+            ranked = rank(key, self.names)
+            self._orders[key] = sorted(ranked, key=lambda g: g not in near) if near else ranked
         return self._orders[key]
 
     def size(self, key: str, group: str) -> int:

@@ -7,7 +7,7 @@ its way from the groups' next reports. No Ray, no I/O; the clock is passed in.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...workers import GroupReport
@@ -33,7 +33,7 @@ class ControllerConfig:
     group_timeout_s: float = 3.0
     target_timeout_s: float = 15.0
     settle_s: float = 1.5
-    demand_tau_s: float = 15.0
+    demand_tau_s: float = 60.0
     placement: PlacementConfig = field(default_factory=PlacementConfig)
 
 
@@ -86,19 +86,23 @@ class Controller:
     def adopt_epoch(self, epoch: int) -> None:
         """Goes on under a higher epoch, after the store lost its memory of a higher one."""
         self._epoch = epoch
-        self._table = RoutingTable(epoch, 1, self._table.groups, self._table.placement)
+        self._table = replace(self._table, epoch=epoch, version=1)
 
     def report(self, wire: Mapping[str, Any]) -> dict[str, Any]:
-        """Takes a `GroupReport` in wire form; answers {"epoch", "desired", "purge"}.
+        """Takes a `GroupReport` in wire form; answers {"epoch", "desired", "host", "purge"}.
 
-        `desired` are the adapter keys that the group should hold, the most worth first; `purge`
+        `desired` are the adapter keys that the group should hold, the most worth first; `host`
+        those whose packs its node should keep in memory; `purge`
         those that it must drop, once told and now and then again.
         """
-        report = GroupReport.from_wire(dict(wire))
+        return self.take(GroupReport.from_wire(dict(wire)))
+
+    def take(self, report: GroupReport) -> dict[str, Any]:
+        """`report` without the wire."""
         name, now = report.group, self._clock()
         if name not in self._reports:
             engine = report.engine
-            self._unchecked.update(engine.gpu, engine.disk, engine.loading)
+            self._unchecked.update(engine.gpu, engine.host, engine.disk, engine.loading)
         self._reports[name] = (now, report)
         self._newest_seen = max(self._newest_seen, report.seen_epoch)
         self._demand.observe(name, report.engine)
@@ -109,6 +113,7 @@ class Controller:
         return {
             "epoch": self._epoch,
             "desired": [key for key in desired if key not in purging],
+            "host": [key for key in self._plan.host.get(name, ()) if key not in purging],
             "purge": purge,
         }
 
@@ -125,6 +130,11 @@ class Controller:
         if 0 < known[0] < table.epoch and self._settling:
             return None
         return table.to_wire()
+
+    @property
+    def routing_table(self) -> RoutingTable:
+        """The newest one."""
+        return self._table
 
     def tick(self) -> None:
         """Drops who went silent, plans, and publishes. Call it every half second or so."""
@@ -252,11 +262,15 @@ class Controller:
         groups = tuple(_entry(report) for _, (_, report) in sorted(self._reports.items()))
         purging = self._purges.pending(self._reports)
         placement = {k: names for k, names in self._plan.placement.items() if k not in purging}
+        near = {k: names for k, names in self._plan.near.items() if k not in purging}
+        sizes = {k: n for k, n in self._plan.sizes.items() if k in placement or k in near}
         old = self._table
-        changed = placement != old.placement or [_identity(g) for g in groups] != [
-            _identity(g) for g in old.groups
-        ]
-        self._table = RoutingTable(self._epoch, old.version + changed, groups, placement)
+        changed = (placement, near) != (old.placement, old.near) or [
+            _identity(g) for g in groups
+        ] != [_identity(g) for g in old.groups]
+        self._table = RoutingTable(
+            self._epoch, old.version + changed, groups, placement, near, sizes
+        )
 
 
 def _entry(report: GroupReport) -> GroupEntry:
@@ -291,6 +305,7 @@ def _group_status(report: GroupReport, age_s: float, desired: Sequence[str]) -> 
         "pool_bytes_total": engine.pool_bytes_total,
         "pool_bytes_used": engine.pool_bytes_used,
         "resident": dict(engine.gpu),
+        "host": dict(engine.host),
         "disk": dict(engine.disk),
         "loading": list(engine.loading),
         "desired": list(desired),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 
 from .board import Board
 from .plan import Move, PlacementConfig
@@ -35,11 +36,13 @@ def place_missing(
     replicas: Mapping[str, int],
     relocations: dict[str, tuple[str, str]],
     moves: Moves,
+    leaving: AbstractSet[str],
     config: PlacementConfig,
 ) -> None:
-    """Adds the copies that are missing, the most worth first."""
+    """Adds the copies that are missing, the most worth first; before all others those of which
+    a draining group takes the last one with it (`leaving`)."""
     missing = [
-        (-board.demand[key] / nth, key)
+        (key not in leaving or nth > 1, -board.demand[key] / nth, key)
         for key, count in replicas.items()
         for nth in range(board.count(key) + 1, count + 1)
     ]
@@ -49,7 +52,7 @@ def place_missing(
     least = min(
         (board.worth(key) for key in board.copies if board.count(key)), default=float("inf")
     )
-    for negative, key in sorted(missing):
+    for _, negative, key in sorted(missing):
         worth = -negative
         group = board.roomy(key)
         victims: list[str] = []

@@ -13,6 +13,7 @@ from ...workers import GroupReport
 from ..rendezvous import rank
 from .board import Board
 from .fill import Moves, even_out, place_missing
+from .host_copies import plan_host
 from .plan import PlacementConfig, Plan
 
 
@@ -42,11 +43,16 @@ def plan(
     rates = {
         k: rate for k, rate in sorted(demand.items()) if rate >= config.min_rate and k in sizes
     }
+    asked_for = rates  # all of it deserves copies in memory
+    spare = _spare(rates, sizes, serving, config)
+    if spare:
+        rates = _worth_planning(rates, sizes, serving, previous, config)
     overdue = {copy for copy, age in previous.waiting.items() if age >= config.patience_ticks}
-    board = Board(serving, rates, sizes, overdue)
+    board = Board(serving, rates, sizes, overdue, spare)
     total = sum(rate for _, rate in sorted(demand.items()))  # sorted: sums round by order
+    busy = previous.busy + (_busy(serving) - previous.busy) / config.busy_ticks
     replicas = {
-        key: _replicas(rate, total, board, key, previous.replicas.get(key, 1), config)
+        key: _replicas(rate, busy * rate / total, board, key, previous.replicas.get(key, 1), config)
         for key, rate in rates.items()
     }
     relocations = _keep(board, replicas, previous, overdue)
@@ -58,7 +64,8 @@ def plan(
             max(config.move_bytes_per_tick, largest),
         ),
     )
-    place_missing(board, replicas, relocations, moves, config)
+    leaving = _leaving(groups)
+    place_missing(board, replicas, relocations, moves, leaving, config)
     even_out(board, relocations, moves, config)
 
     desired = {name: tuple(board.ranked(name)) for name in board.names}
@@ -68,7 +75,9 @@ def plan(
             desired[group.group] = tuple(held)
     return Plan(
         desired=desired,
+        host=plan_host(serving, asked_for, sizes, desired, previous.host, config),
         placement=_placement(board, serving),
+        near=_near(serving),
         moves=tuple(moves.made),
         replicas=replicas,
         relocations=relocations,
@@ -78,8 +87,9 @@ def plan(
             for key in desired[name]
             if not board.holds(name, key)
         },
-        sizes={key: sizes[key] for key in sorted(demand) if key in sizes},
+        sizes=dict(sorted(sizes.items())),
         credit_bytes=moves.credit_bytes,
+        busy=busy,
     )
 
 
@@ -90,37 +100,90 @@ def _sizes(
     gpu: dict[str, int] = {}
     disk: dict[str, int] = {}
     for group in groups:
-        for sizes, reported in ((gpu, group.engine.gpu), (disk, group.engine.disk)):
+        engine = group.engine
+        for sizes, reported in ((gpu, engine.gpu), (disk, engine.disk), (disk, engine.host)):
             for key, nbytes in reported.items():
                 sizes[key] = max(nbytes, sizes.get(key, 0))
     # A pool may keep another precision than the packs, and rounds up to its blocks.
     growth = max((gpu[k] / disk[k] for k in gpu if disk.get(k)), default=1.0)
     estimated = {key: int(nbytes * growth) for key, nbytes in disk.items() if key not in gpu}
-    return {k: n for k, n in (estimated | dict(known) | gpu).items() if k in demand or k in gpu}
+    return {
+        k: n
+        for k, n in (estimated | dict(known) | gpu).items()
+        if k in demand or k in gpu or k in disk
+    }
+
+
+def _spare(
+    rates: Mapping[str, float],
+    sizes: Mapping[str, int],
+    serving: list[GroupReport],
+    config: PlacementConfig,
+) -> float:
+    """Share of the pools to leave free: none as long as all adapters fit."""
+    capacity = sum(g.engine.pool_bytes_total for g in serving)
+    return config.spare if sum(sizes[key] for key in rates) > capacity else 0.0
+
+
+def _worth_planning(
+    rates: Mapping[str, float],
+    sizes: Mapping[str, int],
+    serving: list[GroupReport],
+    previous: Plan,
+    config: PlacementConfig,
+) -> Mapping[str, float]:
+    """The most asked for of `rates`, as far as pools reach without their `spare`: a miss costs an
+    adapter's bytes, so what its place saves per byte is how often it is asked for.
+
+    One that was planned for stays so until its place is worth `displace_margin` times as much to
+    another: demand that rests on a few requests would change the plan with each of them.
+    """
+    capacity = sum(g.engine.pool_bytes_total for g in serving)
+    left = (1 - config.spare) * capacity
+    kept: dict[str, float] = {}
+
+    def value(key: str) -> float:
+        known = config.displace_margin if key in previous.replicas else 1.0
+        return known * rates[key]
+
+    for key in sorted(rates, key=lambda k: (-value(k), k)):
+        left -= sizes[key]
+        if left < 0:
+            break
+        kept[key] = rates[key]
+    return dict(sorted(kept.items()))
+
+
+def _busy(serving: list[GroupReport]) -> float:
+    """How many groups the running and waiting requests would fill."""
+    engines = [g.engine for g in serving]
+    return sum((e.running + e.queued) / e.max_running for e in engines if e.max_running)
 
 
 def _replicas(
     rate: float,
-    total: float,
+    filled: float,
     board: Board,
     key: str,
     count: int,
     config: PlacementConfig,
 ) -> int:
-    """Copies that an adapter should have: its demand in groups' fair shares, rounded up.
+    """Copies that an adapter should have, so that each fills a group by `replica_fill` at most.
 
-    `count` is what the last plan wanted. The band around each step keeps the number from changing
-    back and forth; it is kept by adapter, so a group that joins or leaves doesn't wipe it out.
+    `filled`: groups that its requests would fill. `count` is what the last plan wanted. The band
+    around each step keeps the number from changing back and forth; it is kept by adapter, so a
+    group that joins or leaves doesn't wipe it out.
     """
     if rate < config.replica_min_rate * (1.0 if count == 1 else 0.5):
         return 1
-    shares = rate / total * len(board.names)
+    shares = filled / config.replica_fill
     while shares > count + config.replica_band:
         count += 1
     while count > 1 and shares < count - 1 - config.replica_band:
         count -= 1
-    able = sum(board.able(key, group) for group in board.names)
-    return max(1, min(count, able))
+    if count > 1:
+        count = min(count, sum(board.able(key, group) for group in board.names))
+    return max(1, count)
 
 
 def _keep(
@@ -170,6 +233,24 @@ def _best_first(board: Board, key: str, held: set[str], planned: set[str]) -> li
     if len(groups) < 2:
         return list(groups)
     return sorted(rank(key, groups), key=lambda g: (g not in held, g not in planned))
+
+
+def _leaving(groups: list[GroupReport]) -> frozenset[str]:
+    """Adapters that only draining groups hold."""
+    staying = {key for g in groups if not g.draining for key in g.engine.gpu}
+    draining = {key for g in groups if g.draining for key in g.engine.gpu}
+    return frozenset(draining - staying)
+
+
+def _near(serving: list[GroupReport]) -> dict[str, tuple[str, ...]]:
+    """Groups from whose node an adapter comes soonest: with its pack in memory, else on disk."""
+    near: dict[str, list[str]] = {}
+    disk: dict[str, list[str]] = {}
+    for group in serving:
+        for found, reported in ((near, group.engine.host), (disk, group.engine.disk)):
+            for key in reported:
+                found.setdefault(key, []).append(group.group)
+    return {key: tuple(rank(key, names)) for key, names in (disk | near).items()}
 
 
 def _placement(board: Board, serving: list[GroupReport]) -> dict[str, tuple[str, ...]]:

@@ -48,7 +48,8 @@ class Purges:
         for key, purge in self._purges.items():
             if group in purge.done:
                 continue
-            holds = key in report.gpu or key in report.disk or key in report.loading
+            tiers = report.gpu, report.host, report.disk, report.loading
+            holds = any(key in tier for tier in tiers)
             told_at_s = purge.told_at_s.get(group)
             if told_at_s is not None and not holds:
                 purge.done.add(group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 
@@ -25,13 +26,22 @@ class RoutingTable:
     """Groups that serve, and which of them should hold each adapter.
 
     `placement` maps `AdapterRef.key` to group names, preferred first; an adapter that isn't in
-    it is cold. (epoch, version) grows with every change; the epoch with every controller start.
+    it is cold. `near`: key -> groups whose node has its pack already, preferred first. `sizes`:
+    key -> bytes in a pool, of adapters in either. (epoch, version)
+    grows with every change; the epoch with every controller start.
     """
 
     epoch: int = 0
     version: int = 0
     groups: tuple[GroupEntry, ...] = ()
     placement: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    near: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def serving(self) -> dict[str, GroupEntry]:
+        """Groups that take requests, by name."""
+        return {e.group: e for e in self.groups if not e.draining}
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -39,6 +49,8 @@ class RoutingTable:
             "version": self.version,
             "groups": [asdict(g) for g in self.groups],
             "placement": {k: list(v) for k, v in self.placement.items()},
+            "near": {k: list(v) for k, v in self.near.items()},
+            "sizes": dict(self.sizes),
         }
 
     @classmethod
@@ -48,4 +60,6 @@ class RoutingTable:
             version=msg["version"],
             groups=tuple(GroupEntry(**g) for g in msg["groups"]),
             placement={k: tuple(v) for k, v in msg["placement"].items()},
+            near={k: tuple(v) for k, v in msg.get("near", {}).items()},
+            sizes=dict(msg.get("sizes", {})),
         )

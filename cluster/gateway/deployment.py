@@ -22,8 +22,8 @@ from ..leases import LocalLeases
 from ..logs import configure_logs
 from ..metrics import GatewayMetrics, MetricsServer, Target, new_registry, serve_metrics
 from ..model import base_model, model_source
-from ..replica_address import listen_on_node_address
-from ..routing import decide
+from ..replica_address import advertised, listen_on_node_address
+from ..routing import Ask, GroupLoad, decide
 from ..settings import Settings
 from ..tracing import Tracer, make_tracer
 from .app import build_gateway
@@ -102,17 +102,17 @@ class Gateway:
             token=token.get_secret_value() if token else None,
         )
         replica = serve.get_replica_context().replica_id.unique_id
-        return Target("gateway", settings.internal_host, port, {"replica": replica})
+        host = advertised(settings.internal_host)
+        return Target("gateway", host, port, {"replica": replica})
 
     def _choose(
         self,
         table: RoutingTable,
-        adapter_key: str | None,
-        prompt_hash: int,
-        load: Mapping[str, float],
+        ask: Ask,
+        loads: Mapping[str, GroupLoad],
         exclude: AbstractSet[str],
     ) -> GroupEntry | None:
-        decision = decide(table, adapter_key, prompt_hash, load, exclude)
+        decision = decide(table, ask, loads, exclude)
         if decision is None:
             return None
         self._metrics.routed(decision.reason)

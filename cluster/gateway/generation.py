@@ -7,22 +7,28 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from ...workers import GenerationRequest, TokenLogprob
+from ...workers import ErrorCode, GenerationRequest, TokenLogprob
 from ..errors import ApiError, ClusterError
 from .assembler import ChoiceAssembler, Delta
 from .deps import Dispatcher
 from .sampling import Plan
 from .tokenizer import TextTokenizer
 
-# What an engine's stable error codes mean over HTTP; others are 500.
-_STATUS = {
+# What a group's error codes mean over HTTP. 4xx: the same request fails again; 503: it may not.
+STATUS: dict[ErrorCode, int] = {
+    "empty_prompt": 400,
+    "invalid_token": 400,
     "context_length_exceeded": 400,
-    "adapter_too_large": 400,
     "invalid_grammar": 400,
     "grammar_failed": 400,
-    "adapter_corrupt": 503,
+    "response_too_large": 400,
+    "adapter_too_large": 400,
+    "client_too_slow": 408,
+    "nonfinite_logits": 422,  # the adapter's weights overflow, as refused uploads are 422
+    # The gateway checks ids and types: what a group can't read is a fault of this code.
+    "bad_request": 500,
+    "duplicate_request": 500,
     "adapter_load_failed": 503,
-    "adapter_not_found": 503,
     "engine_failed": 503,
     "group_failed": 503,
     "no_group": 503,
@@ -160,9 +166,9 @@ async def _run_one(
     raise engine_error("engine_failed", "the worker group ended the answer before its end")
 
 
-def engine_error(code: str, message: str | None) -> ApiError:
+def engine_error(code: ErrorCode, message: str | None) -> ApiError:
     """A group's error as an HTTP one."""
-    status = _STATUS.get(code, 500)
+    status = STATUS.get(code, 500)
     return ApiError(
         status,
         code,

@@ -56,8 +56,8 @@ def grammar_of(
         ApiError: 400 for two forms at once, for none, and for one above `max_bytes`.
     """
     grammars = []
-    if response_format is not None and response_format.type != "text":
-        grammars.append((_of_format(response_format), "response_format"))
+    if response_format is not None and (grammar := _of_format(response_format)) is not None:
+        grammars.append((grammar, "response_format"))
     if structured is not None:
         grammars.append((_of_structured(structured), "structured_outputs"))
     if not grammars:
@@ -88,7 +88,12 @@ def _compile_error(grammar: Grammar) -> str | None:
     return None
 
 
-def _of_format(given: ResponseFormat) -> Grammar:
+def _of_format(given: ResponseFormat) -> Grammar | None:
+    if given.type != "json_schema" and given.json_schema is not None:
+        text = f"response_format.json_schema needs type json_schema; type {given.type} is given"
+        raise _invalid(text, "response_format.json_schema")
+    if given.type == "text":
+        return None
     if given.type == "json_object":
         return Grammar("json_schema", _ANY_OBJECT)
     if given.json_schema is None:

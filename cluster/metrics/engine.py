@@ -114,6 +114,7 @@ class EngineMetrics:
             for value, count in getattr(report, name).items():
                 metric.labels(self._group, value).inc(_delta(count, before.get(value, 0)))
         self._resident.labels(self._group, "gpu").set(len(report.gpu))
+        self._resident.labels(self._group, "host").set(len(report.host))
         self._resident.labels(self._group, "disk").set(len(report.disk))
         self._loading.labels(self._group).set(len(report.loading))
 

@@ -8,6 +8,7 @@ from .least_kept import least_kept
 from .lora import lora_linear, lora_linear_
 from .paged_attention import paged_attention, write_kv
 from .qkv_prepare import qkv_prepare
+from .scatter_pieces import scatter_pieces_
 from .softmax_topk import softmax_topk
 from .tiles import GemmTile, MoeShape, MoeTiles, ShrinkTile
 
@@ -28,6 +29,7 @@ __all__ = [
     "lora_linear_",
     "paged_attention",
     "qkv_prepare",
+    "scatter_pieces_",
     "softmax_topk",
     "write_kv",
 ]

@@ -89,24 +89,37 @@ def _walk(
 
 
 @triton.jit
+def _share_out(
+    keys, splits, short_splits, LONG: tl.constexpr, MIN_SHARE: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """Keys that each program takes of a decode sequence's, and how many programs take some: one
+    for a sequence without any. Not more than `short_splits` up to LONG keys, else `splits`."""
+    among = tl.where(keys > LONG, splits, short_splits)
+    share = tl.maximum(tl.cdiv(keys, among), MIN_SHARE)
+    share = tl.cdiv(share, BN) * BN
+    return share, tl.maximum(tl.cdiv(keys, share), 1)
+
+
+@triton.jit(do_not_specialize=["short_splits"])
 def attention_kernel(
     q, k_cache, v_cache, sinks, out, part_acc, part_stats,
-    blocks, block_start, query_start, seq_lens, items, scale, window, heads,
+    blocks, block_start, query_start, seq_lens, items, scale, window, heads, short_splits,
     q_token_stride, q_head_stride, k_block_stride, k_token_stride, k_head_stride,
     v_block_stride, v_token_stride, v_head_stride,
     G: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     DVP: tl.constexpr, KEYS_ARE_VALUES: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    DECODE: tl.constexpr, TWO_LOOPS: tl.constexpr, SPLIT: tl.constexpr, MIN_SHARE: tl.constexpr,
-    TILE_TOKENS: tl.constexpr, ROW_TILES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+    DECODE: tl.constexpr, TWO_LOOPS: tl.constexpr, SPLIT: tl.constexpr, LONG: tl.constexpr,
+    MIN_SHARE: tl.constexpr, TILE_TOKENS: tl.constexpr, ROW_TILES: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [T, H, DV]; grid (ROW_TILES * splits, KV heads, items).
 
     DECODE: items [N] are sequences of one new token; else items [N, 2] are (sequence, first of
     TILE_TOKENS new tokens).
     TWO_LOOPS: keys that all rows see are taken without masks; not with WINDOW or SPLIT.
-    SPLIT: a program takes its share of the keys and leaves a part: part_acc float32
-    [N, H, splits, DV], part_stats float32 [N, H, splits, 2] of peak and total.
+    SPLIT: a program takes its share of the keys, if there is one for it, and leaves a part:
+    part_acc float32 [N, H, splits, DV], part_stats float32 [N, H, splits, 2] of peak and total.
+    A sequence that one program has to itself has no parts.
     """
     pdl_wait(PDL)
     pdl_launch_dependents(PDL)
@@ -142,8 +155,9 @@ def attention_kernel(
     if SPLIT:
         split = tl.program_id(0) // ROW_TILES
         splits = tl.num_programs(0) // ROW_TILES
-        share = tl.maximum(tl.cdiv(end - begin, splits), MIN_SHARE)
-        share = tl.cdiv(share, BN) * BN
+        share, shares = _share_out(end - begin, splits, short_splits, LONG, MIN_SHARE, BN)
+        if split >= shares:
+            return
         begin += split * share
         end = tl.minimum(end, begin + share)
 
@@ -181,38 +195,50 @@ def attention_kernel(
     inside = valid[:, None] & (column < DV)[None, :]
     if SPLIT:
         part = (item.to(tl.int64) * heads + head) * splits + split
-        tl.store(part_stats + 2 * part, peak, mask=valid)
-        tl.store(part_stats + 2 * part + 1, total, mask=valid)
-        if (begin < end) | (split == 0):  # others are told by their total of nothing
-            tl.store(part_acc + part[:, None] * DV + column[None, :], acc, mask=inside)
-    else:
-        # Padding sees nothing: zero by zero would not be zero.
-        acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-        place = out + ((row0 + token).to(tl.int64) * heads + head)[:, None] * DV + column[None, :]
-        tl.store(place, acc.to(out.dtype.element_ty), mask=inside)
+        shared = shares > 1
+        tl.store(part_stats + 2 * part, peak, mask=valid & shared)
+        tl.store(part_stats + 2 * part + 1, total, mask=valid & shared)
+        place = part_acc + part[:, None] * DV + column[None, :]
+        tl.store(place, acc, mask=inside & shared)
+        inside = inside & (shares == 1)
+    # Padding sees nothing: zero by zero would not be zero.
+    acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    place = out + ((row0 + token).to(tl.int64) * heads + head)[:, None] * DV + column[None, :]
+    tl.store(place, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "short_splits"])
 def reduce_kernel(
-    part_acc, part_stats, query_start, items, out, heads, splits,
-    DV: tl.constexpr, DVP: tl.constexpr, PDL: tl.constexpr,
+    part_acc, part_stats, query_start, seq_lens, items, out, window, heads, splits, short_splits,
+    DV: tl.constexpr, DVP: tl.constexpr, WINDOW: tl.constexpr, LONG: tl.constexpr,
+    MIN_SHARE: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [T, H, DV] of the parts that decode sequences were cut into; grid (H, items)."""
+    """out [T, H, DV] of the parts that decode sequences were cut into; grid (H, items).
+
+    Nothing is done for a sequence that wasn't cut.
+    """
     pdl_wait(PDL)
     pdl_launch_dependents(PDL)
     head = tl.program_id(0)
     item = tl.program_id(1)
-    row = tl.load(query_start + tl.load(items + item)).to(tl.int64)
+    sequence = tl.load(items + item)
+    keys = tl.load(seq_lens + sequence)
+    if WINDOW:
+        keys = tl.minimum(keys, window)
+    _, shares = _share_out(keys, splits, short_splits, LONG, MIN_SHARE, BN)
+    if shares == 1:
+        return
+    row = tl.load(query_start + sequence).to(tl.int64)
     column = tl.arange(0, DVP)
     first_part = (item.to(tl.int64) * heads + head) * splits
     peak = NOTHING
     total = 0.0
     acc = tl.zeros([DVP], tl.float32)
-    for first in range(0, splits, REDUCED_AT_ONCE):
+    for first in range(0, shares, REDUCED_AT_ONCE):
         split = first + tl.arange(0, REDUCED_AT_ONCE)
         stats = part_stats + 2 * (first_part + split)
-        peaks = tl.load(stats, mask=split < splits, other=NOTHING)
-        totals = tl.load(stats + 1, mask=split < splits, other=0.0)
+        peaks = tl.load(stats, mask=split < shares, other=NOTHING)
+        totals = tl.load(stats + 1, mask=split < shares, other=0.0)
         place = part_acc + (first_part + split)[:, None] * DV + column[None, :]
         inside = (totals > 0.0)[:, None] & (column < DV)[None, :]
         parts = tl.load(place, mask=inside, other=0.0)

@@ -52,12 +52,12 @@ def read_list(
 
 
 @triton.jit
-def add_groups(
-    acc, s, row, column, first, end, nth, group_a, group_b, group_c, group_d,
+def load_groups(
+    s, row, column, first, end, nth, group_a, group_b, group_c, group_d,
     pool, n, out_size, s_stride, split_stride,
-    ALIGNED: tl.constexpr, SPLITS: tl.constexpr, EK: tl.constexpr, DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, SPLITS: tl.constexpr, EK: tl.constexpr,
 ):  # fmt: skip
-    """acc [rows, columns] += s B^T for EK / GROUP groups, from a list's nth on.
+    """s [rows, EK] and B^T [EK, columns] of EK / GROUP groups, from a list's nth on.
 
     Args:
         row: sorted rows [rows]; s has their shrunk values from `column` on.
@@ -87,5 +87,18 @@ def add_groups(
     shrunk = tl.load(shrunk_at, mask=mine, other=0.0)
     for split in tl.static_range(1, SPLITS):
         shrunk += tl.load(shrunk_at + split * split_stride, mask=mine, other=0.0)
-    factors = tl.load(factor_at, mask=there, other=0.0)
+    return shrunk, tl.load(factor_at, mask=there, other=0.0)
+
+
+@triton.jit
+def add_groups(
+    acc, s, row, column, first, end, nth, group_a, group_b, group_c, group_d,
+    pool, n, out_size, s_stride, split_stride,
+    ALIGNED: tl.constexpr, SPLITS: tl.constexpr, EK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """acc [rows, columns] += s B^T for EK / GROUP groups; arguments as for `load_groups`."""
+    shrunk, factors = load_groups(
+        s, row, column, first, end, nth, group_a, group_b, group_c, group_d,
+        pool, n, out_size, s_stride, split_stride, ALIGNED, SPLITS, EK,
+    )  # fmt: skip
     return tl.dot(shrunk.to(DTYPE), factors.to(DTYPE), acc, input_precision="ieee")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .expand import GROUP, add_groups, read_groups, read_list
+from .expand import GROUP, add_groups, load_groups, read_groups, read_list
 from .fp8 import BLOCK, block_scale, decode
 from .launch import pdl_launch_dependents, pdl_wait
 
@@ -49,6 +49,14 @@ def _gate_up_tile(
     if AHEAD:
         gate_count, gate_first, gate_end, ga, gb, gc, gd = read_list(row, block * 2, 0, *lists, EK)
         up_count, up_first, up_end, ua, ub, uc, ud = read_list(row, block * 2 + 1, 1, *lists, EK)
+        gate_s, gate_b = load_groups(
+            s, row, 0, gate_first, gate_end, 0, ga, gb, gc, gd,
+            pool, n, intermediate, s_stride, split_stride, ALIGNED, SPLITS, EK,
+        )  # fmt: skip
+        up_s, up_b = load_groups(
+            s, row, part_stride, up_first, up_end, 0, ua, ub, uc, ud,
+            pool, n, intermediate, s_stride, split_stride, ALIGNED, SPLITS, EK,
+        )  # fmt: skip
     if FP8:  # blocks of gate end where up's begin
         gate_blocks = intermediate // BLOCK * tl.cdiv(hidden, BLOCK)
         gate_scale = w_scale + expert * 2 * gate_blocks
@@ -81,7 +89,17 @@ def _gate_up_tile(
             gate = tl.dot(xs, wg, gate, input_precision="ieee")
             up = tl.dot(xs, wu, up, input_precision="ieee")
     if LORA:
-        if not AHEAD:
+        STEP: tl.constexpr = EK // GROUP
+        DONE: tl.constexpr = STEP if AHEAD else 0
+        dtype = x.dtype.element_ty
+        gate_list = groups + block * 2 * list_length
+        up_list = gate_list + list_length
+        if AHEAD:
+            ga, gb, gc, gd = read_groups(gate_list, STEP, gate_count, EK)
+            ua, ub, uc, ud = read_groups(up_list, STEP, up_count, EK)
+            gate = tl.dot(gate_s.to(dtype), gate_b.to(dtype), gate, input_precision="ieee")
+            up = tl.dot(up_s.to(dtype), up_b.to(dtype), up, input_precision="ieee")
+        else:
             pdl_wait(PDL)
             gate_count, gate_first, gate_end, ga, gb, gc, gd = read_list(
                 row, block * 2, 0, *lists, EK
@@ -89,11 +107,7 @@ def _gate_up_tile(
             up_count, up_first, up_end, ua, ub, uc, ud = read_list(
                 row, block * 2 + 1, 1, *lists, EK
             )
-        gate_list = groups + block * 2 * list_length
-        up_list = gate_list + list_length
-        STEP: tl.constexpr = EK // GROUP
-        dtype = x.dtype.element_ty
-        for nth in tl.range(0, tl.maximum(gate_count, up_count), STEP, num_stages=EXPAND_STAGES):
+        for nth in tl.range(DONE, tl.maximum(gate_count, up_count), STEP, num_stages=EXPAND_STAGES):
             next_gate = read_groups(gate_list, nth + STEP, gate_count, EK)
             next_up = read_groups(up_list, nth + STEP, up_count, EK)
             gate = add_groups(
@@ -136,8 +150,8 @@ def gate_up_kernel(
 
     FP8: w13 is e4m3, w_scale float32 [E, 2I / 128, ceil(H / 128)]; BK divides 128.
 
-    AHEAD: what the first group of ranks needs is looked up before the base product, which is to
-    wait for the shrink at once; else the base product runs beside the end of the shrink.
+    AHEAD: what the first groups of ranks need is read before the base product, which is to wait
+    for the shrink at once; else the base product runs beside the end of the shrink.
 
     SHORT: tiles whose rows fill no more than half of a block are computed at half the height.
     """

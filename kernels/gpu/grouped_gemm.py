@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .expand import GROUP, add_groups, read_groups, read_list
+from .expand import GROUP, add_groups, load_groups, read_groups, read_list
 from .fp8 import BLOCK, block_scale, decode
 from .launch import pdl_launch_dependents, pdl_wait
 
@@ -42,6 +42,10 @@ def _tile(
     lists = (group_count, groups, row_groups, list_length, part_rows)
     if AHEAD:
         count, first, end, ga, gb, gc, gd = read_list(row, block, 0, *lists, EK)
+        shrunk, factors = load_groups(
+            s, row, 0, first, end, 0, ga, gb, gc, gd,
+            pool, n, columns, s_stride, split_stride, ALIGNED, SPLITS, EK,
+        )  # fmt: skip
     if FP8:
         scale = w_scale + expert * tl.cdiv(columns, BLOCK) * tl.cdiv(inner, BLOCK)
     acc = tl.zeros([ROWS, BN], tl.float32)
@@ -67,16 +71,20 @@ def _tile(
         else:
             acc = tl.dot(xs, ws, acc, input_precision="ieee")
     if LORA:
-        if not AHEAD:
+        STEP: tl.constexpr = EK // GROUP
+        DONE: tl.constexpr = STEP if AHEAD else 0
+        dtype = x.dtype.element_ty
+        if AHEAD:
+            ga, gb, gc, gd = read_groups(groups + block * list_length, STEP, count, EK)
+            acc = tl.dot(shrunk.to(dtype), factors.to(dtype), acc, input_precision="ieee")
+        else:
             pdl_wait(PDL)
             count, first, end, ga, gb, gc, gd = read_list(row, block, 0, *lists, EK)
-        STEP: tl.constexpr = EK // GROUP
-        for nth in tl.range(0, count, STEP, num_stages=EXPAND_STAGES):
+        for nth in tl.range(DONE, count, STEP, num_stages=EXPAND_STAGES):
             following = read_groups(groups + block * list_length, nth + STEP, count, EK)
             acc = add_groups(
                 acc, s, row, 0, first, end, nth, ga, gb, gc, gd,
-                pool, n, columns, s_stride, split_stride, ALIGNED, SPLITS, EK,
-                x.dtype.element_ty,
+                pool, n, columns, s_stride, split_stride, ALIGNED, SPLITS, EK, dtype,
             )  # fmt: skip
             ga, gb, gc, gd = following
     if BIAS:

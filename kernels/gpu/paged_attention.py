@@ -86,13 +86,14 @@ def prefill_tile(shape: HeadShape, itemsize: int) -> AttentionTile:
 
 
 def decode_splits(programs: int, max_context: int, multiprocessors: int) -> int:
-    """Among how many programs the keys of a decode sequence are shared.
+    """Among how many programs the keys of a decode sequence are shared, at most.
 
-    A function of the launch's shape alone, so that a captured graph serves every later step.
+    A function of the launch's shape alone, so that a captured graph serves every later step: the
+    programs find on the device which of them a sequence has keys for.
 
     Args:
         programs: as many as run without splits.
-        max_context: no sequence of the launch sees more keys.
+        max_context: the sequence sees no more keys.
     """
     wanted = multiprocessors * (LONG_CONTEXT_WAVES if max_context > LONG_CONTEXT else 1)
     return max(1, min(wanted // programs, cdiv(max_context, MIN_SHARE), MAX_SPLITS))
@@ -123,19 +124,19 @@ def paged_attention(
     out = torch.empty(tokens, heads * dv, dtype=q.dtype, device=q.device)
     prefill_items, decode_items = sequences.prefill.shape[0], sequences.decode.shape[0]
 
-    def launch(tile, items, row_tiles, splits, parts, decode) -> None:
+    def launch(tile, items, row_tiles, splits, short_splits, parts, decode) -> None:
         grid = (row_tiles * splits, kv_heads, items.shape[0])
         attention_kernel[grid](
             q, k_cache, v_cache, q if sinks is None else sinks, out, *parts,
             sequences.blocks, sequences.block_start, sequences.query_start, sequences.seq_lens,
-            items, scale * _LOG2_E, window or 0, heads,
+            items, scale * _LOG2_E, window or 0, heads, short_splits,
             q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
             G=shape.group, D1=shape.d1, D2=shape.d2, D=d, DV=dv, DVP=shape.dvp,
             KEYS_ARE_VALUES=shape.keys_are_values, WINDOW=window is not None,
             SINKS=sinks is not None, DECODE=decode,
             # Two loops over the longest rows would need more registers than there are.
             TWO_LOOPS=not decode and window is None and d <= 256,
-            SPLIT=splits > 1, MIN_SHARE=MIN_SHARE,
+            SPLIT=splits > 1, LONG=LONG_CONTEXT, MIN_SHARE=MIN_SHARE,
             TILE_TOKENS=1 if decode else TILE_TOKENS, ROW_TILES=row_tiles,
             BLOCK_SIZE=k_cache.shape[1], BM=tile.rows, BN=tile.keys, PDL=USE_PDL,
             num_warps=tile.warps, num_stages=tile.stages, launch_pdl=USE_PDL,
@@ -144,7 +145,7 @@ def paged_attention(
     if prefill_items:
         tile = prefill_tile(shape, q.element_size())
         row_tiles = cdiv(TILE_TOKENS * shape.group, tile.rows)
-        launch(tile, sequences.prefill, row_tiles, 1, (out, out), False)
+        launch(tile, sequences.prefill, row_tiles, 1, 1, (out, out), False)
     if decode_items:
         tile = decode_tile(shape, q.element_size())
         row_tiles = cdiv(shape.group, tile.rows)
@@ -152,15 +153,19 @@ def paged_attention(
         programs = decode_items * kv_heads * row_tiles
         splits = decode_splits(programs, seen, _multiprocessors(q.device))
         if splits == 1:
-            launch(tile, sequences.decode, row_tiles, 1, (out, out), True)
+            launch(tile, sequences.decode, row_tiles, 1, 1, (out, out), True)
             return out
+        short_splits = decode_splits(programs, min(seen, LONG_CONTEXT), _multiprocessors(q.device))
         on_device = {"dtype": torch.float32, "device": q.device}
         part_acc = torch.empty(decode_items, heads, splits, dv, **on_device)
         part_stats = torch.empty(decode_items, heads, splits, 2, **on_device)
-        launch(tile, sequences.decode, row_tiles, splits, (part_acc, part_stats), True)
+        parts = (part_acc, part_stats)
+        launch(tile, sequences.decode, row_tiles, splits, short_splits, parts, True)
         reduce_kernel[(heads, decode_items)](
-            part_acc, part_stats, sequences.query_start, sequences.decode, out, heads, splits,
-            DV=dv, DVP=shape.dvp, PDL=USE_PDL, num_warps=4, launch_pdl=USE_PDL,
+            *parts, sequences.query_start, sequences.seq_lens, sequences.decode, out, window or 0,
+            heads, splits, short_splits, DV=dv, DVP=shape.dvp, WINDOW=window is not None,
+            LONG=LONG_CONTEXT, MIN_SHARE=MIN_SHARE, BN=tile.keys, PDL=USE_PDL,
+            num_warps=4, launch_pdl=USE_PDL,
         )  # fmt: skip
     return out
 

@@ -142,7 +142,7 @@ def _block_sizes(shape: MoeShape, num_tokens: int, adapters: int) -> list[int]:
     return [64, 128] if rows <= 256 or adapters >= 32 else [128]
 
 
-def layer_us(tiles: MoeTiles, calls: list[tuple], budget_ms: float = 25) -> float:
+def layer_us(tiles: MoeTiles, calls: list[tuple], budget_ms: float = 15) -> float:
     """Median time of a layer call in a CUDA graph of all `calls`."""
     runner = MoeRunner(FusedBackend(tiles))
     stream = torch.cuda.Stream()

@@ -16,9 +16,10 @@ class FaultyStore:
     Attributes:
         lose_responses: this many of the next writes happen, but their response gets lost.
         before_put: called with the key before each write.
-        damage: called with each downloaded file.
+        damage: called with each part of a pack that was read: its key, place and bytes.
         fail: `fail(action, key)` tells whether the store is unreachable for this call.
-        downloads: keys that were downloaded.
+        downloads: keys that were downloaded, a pack at its first part.
+        parts: key, start and length of each part that was read.
     """
 
     def __init__(self, store: ObjectStore) -> None:
@@ -26,10 +27,11 @@ class FaultyStore:
         self._lock = threading.Lock()
         self.lose_responses = 0
         self.before_put: Callable[[str], None] = lambda key: None
-        self.damage: Callable[[Path], None] = lambda path: None
+        self.damage: Callable[[str, int, memoryview], None] = lambda key, start, view: None
         self.fail: Callable[[str, str], bool] = lambda action, key: False
         self.download_delay_s = 0.0
         self.downloads: list[str] = []
+        self.parts: list[tuple[str, int, int]] = []
 
     def __getattr__(self, name: str):
         return getattr(self._store, name)
@@ -69,9 +71,17 @@ class FaultyStore:
         self._check("download", key)
         self.downloads.append(key)
         time.sleep(self.download_delay_s)
-        nbytes = self._store.download(key, path)
-        self.damage(path)
-        return nbytes
+        return self._store.download(key, path)
+
+    def read_into(self, key: str, etag: str, start: int, view: memoryview) -> None:
+        self._check("download", key)
+        with self._lock:
+            self.parts.append((key, start, len(view)))
+            if start == 0:
+                self.downloads.append(key)
+        time.sleep(self.download_delay_s)
+        self._store.read_into(key, etag, start, view)
+        self.damage(key, start, view)
 
     def _check(self, action: str, key: str) -> None:
         if self.fail(action, key):

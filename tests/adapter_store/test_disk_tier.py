@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from loraplex.adapter_store import (
     AdapterCorrupt,
+    AdapterNotFound,
     DiskTier,
     EmbeddedS3,
     LocalDiskError,
@@ -21,11 +23,14 @@ from loraplex.adapter_store import (
     ObjectStore,
     Pack,
     PackPin,
+    PackVersionError,
+    Repacker,
     StoreUnavailable,
 )
 
 from tests.adapter_store.faults import FaultyStore
-from tests.adapter_store.uploads import Service, upload
+from tests.adapter_store.stored_packs import MIB, TENANT, pack_key, store_pack
+from tests.adapter_store.uploads import BASE, Service, upload
 
 
 @pytest.fixture
@@ -134,38 +139,64 @@ def test_a_failed_fetch_fails_all_who_wait_and_the_next_one_tries_again(
     assert tier.ensure(service.tenant_id, digest)[1] == "s3"
 
 
-@pytest.mark.parametrize("how", ["truncated", "empty", "flipped", "another"])
-def test_a_damaged_download_is_fetched_again_once(
+@pytest.mark.parametrize("how", ["header", "data", "another"])
+def test_a_part_that_is_damaged_on_its_way_is_fetched_again_once(
     service: Service, faulty: FaultyStore, folder: Path, how: str
 ) -> None:
     digest, other = digests(service, 2)
     tier = DiskTier(folder, faulty, 1 << 20)
     path, _ = tier.ensure(service.tenant_id, other)
-    faulty.downloads.clear()
+    faulty.parts.clear()
 
-    def damage(file: Path, times: int) -> None:
-        if len(faulty.downloads) > times:
+    def damage(start: int, view: memoryview, times: int) -> None:
+        if len(faulty.parts) > times:
             return
-        if how == "flipped":
-            flip_bit(file)
-        elif how == "another":
-            file.write_bytes(path.read_bytes())
+        if how == "header":
+            view[40] ^= 4
+        elif how == "data":
+            view[-20] ^= 4
         else:
-            os.truncate(file, 0 if how == "empty" else file.stat().st_size - 1000)
+            view[:] = path.read_bytes()[start:]
 
-    faulty.damage = lambda file: damage(file, 1)
+    faulty.damage = lambda key, start, view: damage(start, view, 1)
     found, source = tier.ensure(service.tenant_id, digest)
-    assert (source, len(faulty.downloads)) == ("s3", 2)
+    assert (source, len(faulty.parts)) == ("s3", 2)
     assert Pack.open(found).digest == digest
 
     tier.remove(f"{service.tenant_id}/{digest}")
-    faulty.downloads.clear()
-    faulty.damage = lambda file: damage(file, 2)
+    faulty.parts.clear()
+    faulty.damage = lambda key, start, view: damage(start, view, 2)
     with pytest.raises(AdapterCorrupt, match=digest):
         tier.ensure(service.tenant_id, digest)
-    assert len(faulty.downloads) == 2
+    assert len(faulty.parts) == 2
     assert set(tier.resident()) == {f"{service.tenant_id}/{other}"}
     assert hidden(folder) == []
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "flipped", "another"])
+def test_a_damaged_blob_is_an_error_for_its_adapter_alone(
+    service: Service, folder: Path, how: str
+) -> None:
+    version, other = (service.publish(f"bot-{i}", upload(i)) for i in range(2))
+    key, other_key = (
+        f"tenants/{service.tenant_id}/blobs/{v.digest}/{v.blob}/pack-v1.bin"
+        for v in (version, other)
+    )
+    good = service.store.get(key)[0]
+    bad = {
+        "truncated": good[:-1000],
+        "empty": b"",
+        "flipped": good[:-20] + bytes([good[-20] ^ 1]) + good[-19:],
+        "another": service.store.get(other_key)[0],
+    }[how]
+    service.store.put(key, bad)
+    tier = DiskTier(folder, service.store, 1 << 20)
+    with pytest.raises(AdapterCorrupt, match=f"{version.digest}.*publish the adapter again"):
+        tier.ensure(service.tenant_id, version.digest)
+    assert tier.ensure(service.tenant_id, other.digest)[1] == "s3"
+    assert hidden(folder) == []
+    service.publisher.repack(service.tenant_id, version.digest)
+    assert tier.ensure(service.tenant_id, version.digest)[0].read_bytes() == good
 
 
 @pytest.mark.parametrize("offset", [3, 40, 4500, -20])
@@ -274,36 +305,49 @@ def test_no_room_is_an_error_that_names_the_folder(
 
 
 SLOW_FETCH = """
-    import sys, time
+    import sys, threading, time
     from pathlib import Path
-    from loraplex.adapter_store import DiskTier, ObjectStore
+    from loraplex.adapter_store import DiskTier, ObjectStore, pack_download
 
     url, endpoint, access_key, secret_key, folder, tenant_id, digest = sys.argv[1:]
+    pack_download.PART_BYTES = 1 << 20
     store = ObjectStore(url, endpoint=endpoint, access_key=access_key, secret_key=secret_key)
-    download = store.download
+    read_into = store.read_into
+    parts, lock = 0, threading.Lock()
 
-    def half(key, path):
-        data = store.get(key)[0]
-        path.write_bytes(data[: len(data) // 2])
-        print("half", flush=True)
-        time.sleep(60)
+    def slow(key, etag, start, view):
+        global parts
+        with lock:
+            number, parts = parts, parts + 1
+        if number == 5:
+            view[: len(view) // 2] = bytes(len(view) // 2)  # a half-written part
+            time.sleep(0.5)  # the first five are there by then
+            print("half", flush=True)
+        if number >= 5:
+            time.sleep(60)
+        read_into(key, etag, start, view)
 
-    store.download = half
-    DiskTier(Path(folder), store, 1 << 20).ensure(tenant_id, digest)
+    store.read_into = slow
+    DiskTier(Path(folder), store, 1 << 26).ensure(tenant_id, digest)
 """
 
 
-def test_a_process_killed_while_it_writes_leaves_no_half_file(
-    service: Service, s3_server: EmbeddedS3, folder: Path
+def test_what_a_killed_process_was_fetching_is_taken_up_again(
+    store: ObjectStore,
+    faulty: FaultyStore,
+    s3_server: EmbeddedS3,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    [digest] = digests(service, 1)
+    monkeypatch.setattr("loraplex.adapter_store.pack_download.PART_BYTES", MIB)
+    digest = store_pack(store, folder / "made", 1, mib=12)
     arguments = [
-        service.store.url,
+        store.url,
         s3_server.endpoint,
         s3_server.access_key,
         s3_server.secret_key,
         str(folder),
-        service.tenant_id,
+        TENANT,
         digest,
     ]
     process = subprocess.Popen(
@@ -312,19 +356,187 @@ def test_a_process_killed_while_it_writes_leaves_no_half_file(
     assert process.stdout is not None
     with process.stdout:
         assert process.stdout.readline() == b"half\n"
-    assert len(hidden(folder)) == 1
+    assert len(hidden(folder)) == 2  # the file and its journal
     # A second user of the folder leaves a living writer's file alone.
-    tier = DiskTier(folder, service.store, 1 << 20)
-    assert len(hidden(folder)) == 1
+    tier = DiskTier(folder, faulty, 1 << 26)
+    tier.remove(f"{TENANT}/{digest}")
+    assert len(hidden(folder)) == 2
     assert tier.resident() == {}
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert tier.resident() == {}
-    DiskTier(folder, service.store, 1 << 20)
-    assert hidden(folder) == []
-    path, source = tier.ensure(service.tenant_id, digest)
+    path, source = DiskTier(folder, faulty, 1 << 26).ensure(TENANT, digest)
     assert source == "s3"
-    assert Pack.open(path).digest == digest
+    assert len(faulty.parts) <= 8  # of 12 parts and the head
+    assert path.read_bytes() == store.get(pack_key(digest))[0]
+    assert hidden(folder) == []
+
+
+def test_a_partial_file_that_nobody_takes_up_goes_after_a_day(
+    store: ObjectStore, faulty: FaultyStore, folder: Path
+) -> None:
+    digest = store_pack(store, folder / "made", 1, mib=2)
+    tier = DiskTier(folder, faulty, 1 << 26)
+    faulty.fail = lambda action, key: len(faulty.parts) == 1
+    with pytest.raises(StoreUnavailable):
+        tier.ensure(TENANT, digest)
+    DiskTier(folder, store, 1 << 26)
+    assert len(hidden(folder)) == 2
+    for path in hidden(folder):
+        os.utime(path, (time.time() - 90000, time.time() - 90000))
+    DiskTier(folder, store, 1 << 26)
+    assert hidden(folder) == []
+
+
+def test_a_partial_file_makes_room_before_a_pack_does(
+    store: ObjectStore, faulty: FaultyStore, folder: Path
+) -> None:
+    a, b, c = (store_pack(store, folder / "made", n, mib=1) for n in range(3))
+    tier = DiskTier(folder, faulty, int(2.5 * MIB))
+    tier.ensure(TENANT, a)
+    faulty.fail = lambda action, key: b in key and action == "download"
+    with pytest.raises(StoreUnavailable):
+        tier.ensure(TENANT, b)
+    assert len(hidden(folder)) == 2
+    tier.ensure(TENANT, c)
+    assert hidden(folder) == []
+    assert set(tier.resident()) == {f"{TENANT}/{a}", f"{TENANT}/{c}"}
+
+
+@pytest.mark.parametrize("to", ["the same key", "another key"])
+def test_parts_of_two_objects_never_mix(
+    store: ObjectStore,
+    faulty: FaultyStore,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    to: str,
+) -> None:
+    """The stored object is replaced while its parts come, as by a repack."""
+    monkeypatch.setattr("loraplex.adapter_store.pack_download.PART_BYTES", MIB)
+    digest = store_pack(store, folder / "made", 1, mib=4)
+    key = pack_key(digest)
+    good = store.get(key)[0]
+    store.put(key, good[:-1] + bytes([good[-1] ^ 1]))
+    real, replaced, lock = store.read_into, [], threading.Lock()
+
+    def read_into(at: str, tag: str, start: int, view: memoryview) -> None:
+        with lock:
+            if start > 2 * MIB and not replaced:
+                replaced.append(start)
+                store.delete(key)
+                store.put(key if to == "the same key" else key.replace("0" * 16, "1" * 16), good)
+        real(at, tag, start, view)
+
+    monkeypatch.setattr(store, "read_into", read_into)
+    path, source = DiskTier(folder, faulty, 1 << 26).ensure(TENANT, digest)
+    assert (source, len(replaced)) == ("s3", 1)
+    assert path.read_bytes() == good
+    assert len(faulty.downloads) == 2  # the second object from its start
+
+
+def test_a_full_disk_is_an_error_with_the_sizes(
+    store: ObjectStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = store_pack(store, folder / "made", 1, mib=1)
+    tier = DiskTier(folder, store, 1 << 26)
+
+    def full(fd: int, offset: int, nbytes: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(LocalDiskError, match=r"disk is full: a pack of \d+ bytes.*\d+ bytes"):
+            tier.ensure(TENANT, digest)
+    assert hidden(folder) == []
+    assert tier.ensure(TENANT, digest)[1] == "s3"
+
+
+def test_a_small_pack_waits_for_no_large_one(
+    store: ObjectStore,
+    faulty: FaultyStore,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every helper hangs in a slow part of the large pack when the small one is asked for."""
+    monkeypatch.setattr("loraplex.adapter_store.pack_download.PART_BYTES", MIB)
+    large = store_pack(store, folder / "made", 1, mib=14)
+    small = store_pack(store, folder / "made", 2, mib=0.1)
+    medium = store_pack(store, folder / "made", 3, mib=2)
+    slow, hanging = threading.Event(), threading.Semaphore(0)
+    real = store.read_into
+
+    def read_into(key: str, tag: str, start: int, view: memoryview) -> None:
+        if large in key and start:
+            hanging.release()
+            slow.wait(20)
+        real(key, tag, start, view)
+
+    monkeypatch.setattr(store, "read_into", read_into)
+    tier = DiskTier(folder, faulty, 1 << 26)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(tier.ensure, TENANT, large)
+        for _ in range(9):  # the helpers, and the download's own thread
+            assert hanging.acquire(timeout=10)
+        assert tier.ensure(TENANT, small)[1] == "s3"
+        assert tier.ensure(TENANT, medium)[1] == "s3"
+        assert not waiting.done()
+        slow.set()
+        assert waiting.result(20)[1] == "s3"
+
+
+def test_two_digests_under_one_name_in_flight_come_each_as_itself(
+    service: Service, faulty: FaultyStore, folder: Path
+) -> None:
+    old = service.publish("bot", upload(1)).digest
+    faulty.download_delay_s = 0.2
+    tier = DiskTier(folder, faulty, 1 << 20)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(tier.ensure, service.tenant_id, old)
+        new = service.publish("bot", upload(2)).digest
+        second = threads.submit(tier.ensure, service.tenant_id, new)
+        paths = [first.result(10)[0], second.result(10)[0]]
+    assert [Pack.open(path, verify=True).digest for path in paths] == [old, new]
+
+
+def test_a_pack_of_another_version_is_made_anew(
+    service: Service, faulty: FaultyStore, folder: Path
+) -> None:
+    version, gone = service.publish("bot", upload(1)), service.publish("gone", upload(2))
+    goods = []
+    for v in (version, gone):
+        key = f"tenants/{service.tenant_id}/blobs/{v.digest}/{v.blob}/pack-v1.bin"
+        goods.append(service.store.get(key)[0])
+        service.store.put(key.replace("v1", "v0"), b"of another time")
+        service.store.delete(key)
+    with pytest.raises(PackVersionError, match=r"stored as pack-v0.bin.*reads pack-v1.bin"):
+        DiskTier(folder, faulty, 1 << 20).ensure(service.tenant_id, version.digest)
+    remake = Repacker(service.store, BASE, folder / "scratch")
+    tier = DiskTier(folder, faulty, 1 << 20, remake=remake)
+    path, source = tier.ensure(service.tenant_id, version.digest)
+    assert source == "s3"
+    assert path.read_bytes() == goods[0]
+    folder_of_gone = f"tenants/{service.tenant_id}/blobs/{gone.digest}/{gone.blob}/"
+    service.store.delete(folder_of_gone + "source.safetensors")
+    with pytest.raises(AdapterNotFound, match="without its source: publish it again"):
+        tier.ensure(service.tenant_id, gone.digest)
+
+
+def test_kept_packs_outlive_others_and_other_processes_see_it(
+    store: ObjectStore, folder: Path
+) -> None:
+    digests = [store_pack(store, folder / "made", n, mib=0.9) for n in range(6)]
+    tier, other = (DiskTier(folder, store, 3 * MIB, keep_bytes=MIB) for _ in range(2))
+    tier.keep(f"{TENANT}/{digests[0]}")
+    for _ in range(2):
+        for digest in digests:
+            other.ensure(TENANT, digest)
+            assert f"{TENANT}/{digests[0]}" in tier.resident()
+    tier.keep(f"{TENANT}/{digests[0]}", keep=False)
+    tier.keep(TENANT)  # all of its packs, but no more than fit into what may be kept
+    for digest in digests[1:]:
+        for _ in range(4):
+            other.ensure(TENANT, digest)
+    assert f"{TENANT}/{digests[0]}" not in tier.resident()
 
 
 def hidden(folder: Path) -> list[Path]:

@@ -188,6 +188,35 @@ def test_a_body_that_breaks_off_is_read_again() -> None:
     assert len(requests) == 2
 
 
+def test_a_part_that_breaks_off_is_gone_on_with_from_there() -> None:
+    data = os.urandom(3 << 20)
+    requests: list[str] = []
+
+    def serve(listener: socket.socket) -> None:
+        for broken in (True, False):
+            connection, _ = listener.accept()
+            with connection:
+                request = connection.recv(65536).decode().lower()
+                asked = request.partition("range: bytes=")[2].partition("\r\n")[0]
+                requests.append(asked)
+                assert 'if-match: "e"' in request
+                start, stop = (int(n) for n in asked.split("-"))
+                body = data[start : stop + 1]
+                head = f"HTTP/1.1 206 Partial Content\r\nContent-Length: {len(body)}\r\n\r\n"
+                connection.sendall(head.encode() + (body[: 3 << 19] if broken else body))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        store = ObjectStore("s3://b", endpoint=endpoint, access_key="a", secret_key="b")
+        view = memoryview(bytearray(len(data) - 100))
+        store.read_into("x", '"e"', 100, view)
+        thread.join()
+    assert view == data[100:]
+    assert requests == [f"100-{len(data) - 1}", f"{100 + (3 << 19)}-{len(data) - 1}"]
+
+
 @pytest.mark.parametrize("url", ["bucket", "http://bucket", "s3://", "s3:bucket"])
 def test_store_urls_are_checked(url: str) -> None:
     with pytest.raises(ValueError, match="s3://bucket"):
@@ -218,3 +247,34 @@ def test_requests_are_counted_by_operation_and_result(store: ObjectStore) -> Non
         ("PutObject", "conflict"): 1,
         ("HeadObject", "unreachable"): 2,
     }
+
+
+def test_a_kms_key_is_asked_for_with_each_object_that_is_written(tmp_path: Path) -> None:
+    store = ObjectStore("s3://b", endpoint="http://s3", access_key="a", secret_key="s", kms_key="k")
+    seen: list[tuple[str, str | None, str | None]] = []
+
+    class Sent(Exception):
+        pass
+
+    def record(request, operation_name: str, **_: object) -> None:
+        headers = request.headers
+        algorithm = headers.get("x-amz-server-side-encryption")
+        key = headers.get("x-amz-server-side-encryption-aws-kms-key-id")
+        seen.append((operation_name, algorithm, key))
+        raise Sent
+
+    store._client.meta.events.register("request-created.s3", record)
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(b"1")
+    large.write_bytes(bytes(9 << 20))
+    for write in (
+        lambda: store.put("x", b"1"),
+        lambda: store.upload(small, "x"),
+        lambda: store.upload(large, "x"),
+    ):
+        with pytest.raises(Sent):
+            write()
+    encrypted = ("aws:kms", "k")
+    assert seen == [
+        (name, *encrypted) for name in ("PutObject", "PutObject", "CreateMultipartUpload")
+    ]

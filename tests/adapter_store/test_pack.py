@@ -172,13 +172,43 @@ def test_tensors_start_at_aligned_places(tmp_path: Path) -> None:
     base = tiny_base_model(hidden=24, moe_intermediate=24)
     write_pack(tmp_path / "p", random_canonical(base, 5, rank=3, dtype="BF16"))
     pack = Pack.open(tmp_path / "p")
-    origin = np.frombuffer(pack._data, np.uint8).ctypes.data
+    origin = pack.memory.ctypes.data
     for layer in pack.layers:
         arrays = [pack.dense_a(layer, t) for t in layer.dense]
         arrays += [pack.dense_b(layer, t) for t in layer.dense]
         arrays += [f(layer, i) for f in (pack.a13, pack.b2) for i in range(base.num_experts)]
         assert all((a.ctypes.data - origin) % 16 == 0 for a in arrays)
         assert all(a.base is not None for a in arrays)  # views, not copies
+
+
+def test_a_layers_span_holds_all_of_its_tensors_and_nothing_else(tmp_path: Path) -> None:
+    base = tiny_base_model(num_layers=3)
+    write_pack(tmp_path / "p", random_canonical(base, 6, rank=3, layers=[0, 2], dtype="F16"))
+    pack = Pack.open(tmp_path / "p")
+    assert pack.memory.tobytes() == (tmp_path / "p").read_bytes()
+    assert not pack.memory.flags.writeable
+    origin = pack.memory.ctypes.data
+    end = None
+    for layer in pack.layers:
+        start, stop = pack.layer_span(layer)
+        assert end is None or start == end  # nothing between two layers
+        end = stop
+        views = [pack.dense_a(layer, t) for t in layer.dense]
+        views += [f(layer, i) for f in (pack.a13, pack.b2) for i in range(base.num_experts)]
+        places = [(v.ctypes.data - origin, v.ctypes.data - origin + v.nbytes) for v in views]
+        assert all(start <= low < high <= stop for low, high in places)
+        # What is cut lies there too, by its size: those are copies.
+        held = sum(v.nbytes for v in views) + sum(
+            pack.dense_b(layer, t).nbytes for t in layer.dense
+        )
+        held += sum(
+            a.nbytes
+            for i in range(base.num_experts)
+            for a in (pack.b13(layer, i, "gate"), pack.b13(layer, i, "up"), pack.a2(layer, i))
+        )
+        padding = 16 * (len(views) + len(layer.dense) + 3 * pack.chunks * base.num_experts)
+        assert held <= stop - start < held + padding
+    assert end == pack.nbytes
 
 
 @pytest.fixture

@@ -29,7 +29,8 @@ class FakeGroup:
     """Reports, obeys, and loads by itself when it is sent a request."""
 
     def __init__(self, name: str, pool: int = 4 * MB, deployment: str = "workers") -> None:
-        self.engine = EngineReport(pool_bytes_total=pool)
+        # As busy as makes an adapter's copies its share of the demand in groups.
+        self.engine = EngineReport(pool_bytes_total=pool, running=60, max_running=100)
         self.report = GroupReport(deployment, name, "127.0.0.1", 7000, 7100, False, self.engine)
         self.desired: list[str] = []
         self.loads = 0
@@ -209,7 +210,12 @@ def test_before_its_first_plan_a_controller_tells_a_group_to_keep_what_it_has():
     cluster = Cluster(groups=1)
     group = cluster.groups[0]
     group.engine.gpu = dict.fromkeys(keys(3), MB)
-    assert group.tell(cluster.controller) == {"epoch": 1, "desired": keys(3), "purge": []}
+    assert group.tell(cluster.controller) == {
+        "epoch": 1,
+        "desired": keys(3),
+        "host": [],
+        "purge": [],
+    }
 
 
 def test_a_restarted_controller_rebuilds_the_table_and_moves_nothing():

@@ -22,7 +22,7 @@ SECRET = b"cluster secret"
 QUICK = DispatchLimits(patience_s=1.0, continuation_patience_s=1.0, poll_s=0.05)
 
 
-def choose(table, adapter_key, prompt_hash, load, exclude):
+def choose(table, ask, loads, exclude):
     """The first group of the table that isn't excluded."""
     return next((e for e in table.groups if not e.draining and e.group not in exclude), None)
 
@@ -111,9 +111,9 @@ async def collect(made: Dispatcher, req: GenerationRequest):
 async def test_many_streams_over_two_groups_are_what_they_should_be(processes):
     entries = [processes.start(name)[1] for name in ("a", "b")]
 
-    def spread(table, key, prompt_hash, load, exclude):
+    def spread(table, ask, loads, exclude):
         usable = [e for e in table.groups if e.group not in exclude]
-        return min(usable, key=lambda e: load[e.group]) if usable else None
+        return min(usable, key=lambda e: loads[e.group].requests) if usable else None
 
     rng = random.Random()
     async with dispatcher(Controller(*entries), choose=spread) as made:
@@ -133,9 +133,9 @@ async def test_the_choice_sees_the_adapter_the_prompt_and_the_load(processes):
     _, entry = processes.start("a", step_s=0.01)
     seen = []
 
-    def spy(table, key, prompt_hash, load, exclude):
-        seen.append((key, prompt_hash, dict(load)))
-        return choose(table, key, prompt_hash, load, exclude)
+    def spy(table, ask, loads, exclude):
+        seen.append((ask.adapter_key, ask.prompt_hash, dict(loads)))
+        return choose(table, ask, loads, exclude)
 
     async with dispatcher(Controller(entry), choose=spy) as made:
         adapter = AdapterRef("tenant", "ab" * 32)
@@ -146,7 +146,7 @@ async def test_the_choice_sees_the_adapter_the_prompt_and_the_load(processes):
         assert [s[0] for s in seen] == [adapter.key] * 3 + [None]
         assert len({s[1] for s in seen[:3]}) == 1
         assert seen[3][1] != seen[0][1]
-        assert [s[2]["a"] for s in seen] == [0, 1, 2, 3]
+        assert [s[2]["a"].requests for s in seen] == [0, 1, 2, 3]
 
 
 async def test_closing_and_cancelling_free_the_group():

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex.cluster.gateway import TextTokenizer, respond
-from loraplex.workers import GenerationRequest, Grammar
+from loraplex.cluster.gateway.generation import STATUS
+from loraplex.workers import ErrorCode, GenerationRequest, Grammar
 
 from tests.cluster.gateway_fakes import BASE, Bench, default_answer, make_bench
 from tests.cluster.gateway_store import MemoryStore
@@ -328,6 +329,14 @@ BAD_REQUESTS = [
         "invalid_value",
         "response_format.json_schema",
     ),
+    *(
+        (
+            {"response_format": {"type": kind, "json_schema": {"name": "n", "schema": {}}}},
+            "invalid_value",
+            "response_format.json_schema",
+        )
+        for kind in ("text", "json_object")
+    ),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "oops"}}}},
         "invalid_grammar",
@@ -631,6 +640,18 @@ async def test_an_engines_error_before_the_first_token_is_a_status(bench):
         assert error["code"] == "adapter_load_failed"
         assert error["message"] == "the pack is gone"
         assert response.headers["retry-after"]
+
+
+@pytest.mark.parametrize("code", get_args(ErrorCode))
+async def test_every_error_code_has_a_status_of_its_own(bench, code):
+    tenant = bench.tenant("acme")
+    bench.dispatcher.error_after = 0
+    bench.dispatcher.error = (code, f"{code} in words")
+    status = STATUS[code]
+    assert status != 500 or code in ("bad_request", "duplicate_request")
+    error = error_of(await chat(bench, tenant.key), status)
+    assert (error["code"], error["message"]) == (code, f"{code} in words")
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
 
 
 async def test_an_engines_error_mid_stream_is_an_event_and_the_end(bench):

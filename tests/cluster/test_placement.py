@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from loraplex.cluster.control import PlacementConfig, Plan, plan
 from loraplex.workers import EngineReport, GroupReport
 
-CONFIG = PlacementConfig(move_bytes_per_tick=10_000)
+# Without averages over ticks, and without room left for the unplanned: tests of these set them.
+CONFIG = PlacementConfig(move_bytes_per_tick=10_000, busy_ticks=1.0, spare=0.0)
 
 
 @dataclass
@@ -29,8 +30,13 @@ class Group:
     draining: bool = False
 
     def report(self, disk: dict[str, int] | None = None) -> GroupReport:
+        # As busy as makes a copy's fill its adapter's demand in groups' fair shares.
         engine = EngineReport(
-            pool_bytes_total=self.capacity, gpu=dict(self.gpu), disk=dict(disk or {})
+            running=round(100 * CONFIG.replica_fill),
+            max_running=100,
+            pool_bytes_total=self.capacity,
+            gpu=dict(self.gpu),
+            disk=dict(disk or {}),
         )
         return GroupReport("workers", self.name, "127.0.0.1", 1, 2, self.draining, engine)
 
@@ -426,3 +432,66 @@ def test_pools_fill_with_the_most_wanted_of_many():
     hottest = sorted(world.demand, key=world.demand.__getitem__)[-len(held) :]
     assert 200 < len(held) <= 320  # copies of the hottest take the rest
     assert len(held & set(hottest)) >= 0.9 * len(held)
+
+
+def test_oversubscribed_pools_keep_room_for_rare_adapters_and_a_plan_that_rests():
+    """Demand of rare adapters is a few requests: the plan mustn't follow each of them."""
+    world = uniform(groups=4, capacity=100, adapters=100, size=10, rate=1.0)
+    world.config = replace(CONFIG, spare=0.2)
+    world.demand = {k: 100.0 / (i + 1) for i, k in enumerate(world.demand)}
+    new = world.settle()
+    assert all(sum(world.sizes[k] for k in keys) <= 80 for keys in new.desired.values())
+    assert {k for keys in new.desired.values() for k in keys} == set(list(world.demand)[:32])
+    rng = random.Random()
+    for _ in range(20):
+        world.demand = {
+            k: 100.0 / (i + 1) * rng.uniform(0.9, 1.1) for i, k in enumerate(world.sizes)
+        }
+        assert not world.tick().moves
+
+
+def test_pools_are_filled_to_the_brim_while_all_adapters_fit():
+    world = uniform(groups=4, capacity=100, adapters=40, size=10, rate=1.0)
+    world.config = replace(CONFIG, spare=0.2)
+    new = world.settle()
+    assert {k for keys in new.desired.values() for k in keys} == set(world.sizes)
+
+
+def test_a_draining_group_hands_off_last_copies_before_anything_else_moves():
+    world = uniform(groups=3, capacity=100, adapters=9, size=10, rate=1.0)
+    world.settle()
+    held = set(world.groups["g1"].gpu)
+    assert held
+    world.groups["g1"].draining = True
+    newcomers = {f"t/new{i}": 900.0 for i in range(3)}
+    world.sizes |= dict.fromkeys(newcomers, 10)
+    world.demand |= newcomers
+    world.config = replace(CONFIG, move_bytes_per_tick=10)
+    moved = [m.key for _ in range(len(held)) for m in world.tick().moves]
+    assert set(moved) == held
+
+
+def test_a_copy_goes_where_its_pack_is_when_there_is_room():
+    rng = random.Random()
+    names = [f"g{i}" for i in range(6)]
+    for _ in range(10):
+        host = rng.choice(names)
+        reports = [
+            replace(r, engine=replace(r.engine, disk={"t/x": 10} if r.group == host else {}))
+            for r in (Group(n, 100).report() for n in names)
+        ]
+        new = plan(reports, {"t/x": 5.0}, Plan(), CONFIG)
+        assert [n for n in names if new.desired[n]] == [host]
+        assert new.near == {"t/x": (host,)}
+
+
+def test_copies_follow_how_full_a_group_would_get_and_not_shares_alone():
+    """The same share of the traffic needs more copies in a busy cluster than in an idle one."""
+    for running, copies in ((5, 1), (60, 2), (120, 4)):
+        world = uniform(groups=4, capacity=100, adapters=2, size=10, rate=100.0)
+        reports = [
+            replace(r, engine=replace(r.engine, running=running, gpu=dict(world.sizes)))
+            for r in world.reports()
+        ]
+        counts = plan(reports, world.demand, Plan(), CONFIG).replicas
+        assert set(counts.values()) == {copies}

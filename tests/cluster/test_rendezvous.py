@@ -1,10 +1,11 @@
 """Rendezvous hashing: the same everywhere, even, and stable when nodes come and go."""
 
+import random
 from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex.cluster.rendezvous import pick, rank
+from loraplex.cluster.rendezvous import name_hash, pick, rank, score
 
 NAMES = st.text(min_size=1, max_size=12)
 NODES = st.lists(NAMES, min_size=1, max_size=12, unique=True)
@@ -52,3 +53,16 @@ def test_a_number_is_taken_as_the_hash_itself():
 def test_no_nodes():
     assert pick("key", []) is None
     assert rank("key", []) == []
+
+
+def test_many_nodes_rank_by_the_same_scores_as_few():
+    rng = random.Random()
+    nodes = [f"node-{rng.getrandbits(40):x}" for _ in range(100)]
+    for key in (rng.getrandbits(64), "tenant/digest"):
+        key_hash = name_hash(key) if isinstance(key, str) else key
+        by_score = sorted(nodes, key=lambda n: -score(key_hash, n))
+        assert rank(key, nodes) == by_score
+        assert rank(key, rng.sample(nodes, 100)) == by_score
+        few = rng.sample(nodes, 10)
+        assert rank(key, few) == [n for n in by_score if n in few]
+        assert rank(key, nodes)[0] == pick(key, nodes)

@@ -7,11 +7,28 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 from loraplex.cluster.control import GroupEntry, RoutingTable
+from loraplex.cluster.prefix_record import BLOCK_TOKENS, PrefixRecord
 from loraplex.cluster.rendezvous import pick
-from loraplex.cluster.routing import DEFAULT_POLICY, choose, decide
+from loraplex.cluster.routing import DEFAULT_POLICY, Ask, GroupLoad
+from loraplex.cluster.routing import choose as choose_group
+from loraplex.cluster.routing import decide as decide_group
 
 KEY = "tenant/" + "ab" * 32
 HASHES = st.integers(0, 2**64 - 1)
+
+
+# A group that waits a second for each of its requests: the delay is the load, and any spill to a
+# group that is faster by more than a load takes is worth it.
+def loads_of(load):
+    return {name: GroupLoad(n, wait_s=n) for name, n in load.items()}
+
+
+def decide(table, key, prompt_hash, load, exclude=frozenset()):
+    return decide_group(table, Ask(key, prompt_hash), loads_of(load), exclude)
+
+
+def choose(table, key, prompt_hash, load, exclude=frozenset()):
+    return choose_group(table, Ask(key, prompt_hash), loads_of(load), exclude)
 
 
 def group(name: str, *, draining: bool = False, queued: int = 0, running: int = 0) -> GroupEntry:
@@ -88,7 +105,8 @@ def test_the_base_model_goes_to_a_least_loaded_group(situation, prompt):
     allowed = candidates(table, load, exclude)
     entry = choose(table, None, prompt, load, exclude)
     if entry is not None:
-        assert allowed[entry.group] == min(allowed.values())
+        waits = {name: (load.get(name, 0.0), n) for name, n in allowed.items()}
+        assert waits[entry.group] == min(waits.values())
 
 
 @given(st.lists(HASHES, min_size=2, max_size=20))
@@ -148,3 +166,74 @@ def test_loads_that_a_gateway_knows_win_over_those_in_the_table():
     table = RoutingTable(1, 1, (group("a", queued=9), group("b", running=3)))
     assert choose(table, None, 0, {}).group == "b"
     assert choose(table, None, 0, {"a": 0.0}).group == "a"
+
+
+def test_a_queue_shorter_than_a_load_is_worth_waiting_in():
+    names = ["a", "b", "c"]
+    table = replace(table_of(names, placed=["a"]), sizes={KEY: 4_000_000_000}, near={KEY: ("b",)})
+    ask = Ask(KEY, 7)
+    policy = DEFAULT_POLICY
+    load_s = 4_000_000_000 / policy.near_bytes_s + policy.spill_gain_s
+    for wait_s, expected in ((load_s - 0.1, "a"), (load_s + 0.1, "b")):
+        loads = {"a": GroupLoad(90, wait_s=wait_s), "b": GroupLoad(0), "c": GroupLoad(0)}
+        assert choose_group(table, ask, loads).group == expected
+    # Where it is resident already, nothing is to be loaded.
+    loads = {
+        "a": GroupLoad(90, wait_s=0.1),
+        "b": GroupLoad(0),
+        "c": GroupLoad(0, resident=frozenset({KEY})),
+    }
+    assert choose_group(table, ask, loads).group == "c"
+
+
+def test_a_cold_adapter_starts_where_its_pack_is():
+    names = [f"g{i}" for i in range(8)]
+    for host in names:
+        table = replace(table_of(names), near={KEY: (host,)})
+        assert decide(table, KEY, 1, {}).entry.group == host
+        assert decide(table, KEY, 1, {host: 100.0}).reason == "spill"
+
+
+@given(HASHES, st.integers(0, 4))
+def test_cached_tokens_outweigh_a_wait_that_is_shorter_than_their_prefill(prompt, holder):
+    names = ["a", "b", "c", "d", "e"]
+    table = table_of(names, placed=names)
+    loads = {n: GroupLoad(2, wait_s=0.01, token_s=1e-3) for n in names}
+    cached = {names[holder]: 512}
+    loads[names[holder]] = GroupLoad(3, wait_s=0.5, token_s=1e-3)
+    assert choose_group(table, Ask(KEY, prompt, 600, cached), loads).group == names[holder]
+    loads[names[holder]] = GroupLoad(3, wait_s=0.6, token_s=1e-3)
+    assert choose_group(table, Ask(KEY, prompt, 600, cached), loads).group != names[holder]
+
+
+def test_one_more_request_makes_the_next_wait_for_its_prompt():
+    load = GroupLoad(2, wait_s=0.5, token_s=0.001, resident={KEY}).after(100)
+    assert (load.requests, load.resident) == (3, {KEY})
+    assert load.wait_s == 0.6
+
+
+def test_a_prefix_is_found_where_it_was_sent_and_by_its_owner_alone():
+    rng = random.Random()
+    record = PrefixRecord()
+    prompt = [rng.randrange(50_000) for _ in range(10 * BLOCK_TOKENS + 5)]
+    other = [*prompt[: 4 * BLOCK_TOKENS], *(rng.randrange(50_000) for _ in range(300))]
+    record.note(record.blocks("t/a", prompt), "g1")
+    record.note(record.blocks("t/a", other), "g2")
+    assert record.cached(record.blocks("t/a", prompt)) == {
+        "g1": 10 * BLOCK_TOKENS,
+        "g2": 4 * BLOCK_TOKENS,
+    }
+    assert record.cached(record.blocks("u/a", prompt)) == {}
+    assert record.cached(record.blocks("t/a", prompt[1:])) == {}
+    record.forget("g1")
+    assert record.cached(record.blocks("t/a", prompt)) == {"g2": 4 * BLOCK_TOKENS}
+
+
+def test_the_prefix_record_is_bounded_and_keeps_the_newest():
+    record = PrefixRecord(max_blocks=50)
+    for i in range(100):
+        prompt = [i] * (5 * BLOCK_TOKENS)
+        record.note(record.blocks("t/a", prompt), "g")
+        assert len(record) <= 50
+    assert record.cached(record.blocks("t/a", [99] * 320)) == {"g": 320}
+    assert record.cached(record.blocks("t/a", [0] * 320)) == {}

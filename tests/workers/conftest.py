@@ -30,11 +30,14 @@ class LocalPacks:
         self.paths: dict[str, Path] = {}
         self.removed: list[str] = []
 
-    def ensure(self, tenant_id: str, digest: str) -> tuple[Path, str]:
+    def ensure(self, tenant_id: str, digest: str, wanted: object = None) -> tuple[Path, str]:
         return self.paths[f"{tenant_id}/{digest}"], "disk"
 
     def resident(self) -> dict[str, int]:
         return {k: p.stat().st_size for k, p in self.paths.items()}
+
+    def host_resident(self) -> dict[str, int]:
+        return {}
 
     def remove(self, key: str) -> None:
         self.removed.append(key)

@@ -32,6 +32,7 @@ from loraplex.workers import (
 VOCABULARY = 4096
 # Prompts that start with one of these make the engine misbehave.
 RAISE, DIE, HANG, SPIN, STOP, ABSENT = 9001, 9002, 9003, 9004, 9005, 9006
+LARGE = 9007  # the first output has as many bytes as the next token says
 
 
 def state_of(seed: int, tokens: tuple[int, ...] | list[int], state: int = 0) -> int:
@@ -87,6 +88,8 @@ class FakeEngine:
             out = TokenOutput(request_id, [token])
             if count == len(request.output_ids) + 1:
                 out.tier, out.cached_tokens = "base", 3
+                if request.prompt_ids[0] == LARGE:
+                    out.tier = "x" * request.prompt_ids[1]
             if count >= request.sampling.max_tokens:
                 out.finish_reason = "length"
                 del self._running[request_id]

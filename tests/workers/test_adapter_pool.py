@@ -60,8 +60,8 @@ def check_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
 def check_slot(pool: AdapterPool, slot: int, pack: Pack, shard: Shard) -> None:
     model, tp = shard.model, (shard.expert_tp_rank, shard.expert_tp)
     for layer in pack.layers:
-        homes = pool._dense_homes(layer.index)
-        for name, tables, p in homes:
+        for group, p, name in pool._tables._homes(layer.index):
+            tables = pool.dense[layer.index][group]
             in_size = shard.q_size if name == "o_proj" else model.hidden_size
             factors = gather_dense_factors(tables, slot, p, in_size)
             if name not in layer.dense:
@@ -141,7 +141,7 @@ def test_full_and_too_large_say_the_sizes_and_change_nothing(demo):
         pool.load(1, pack)
     assert pool.used_bytes == used
     with pytest.raises(AdapterTooLarge, match="raise pool_bytes"):
-        make_pool(demo, nbytes=1 << 20).check_fits(pack)
+        make_pool(demo, nbytes=1 << 20).layouts(pack)
 
 
 # Ranks (gate, up, down) by expert; none is a multiple of 8 throughout.
@@ -267,10 +267,11 @@ def test_padding_takes_the_bytes_of_the_padded_factors(demo, tmp_path):
     rows = {0: (8, 8, 8), 2: (8, 16, 8), 3: (0, 8, 0), 4: (24, 0, 16)}
     elements = sum((g + u) * (h + inter) + d * (inter + h) for g, u, d in rows.values())
     elements += 8 * (h + q) + 16 * (h + 16) + 16 * (q + h)  # q_proj, v_proj, o_proj
-    blocks = list(pool._blocks.blocks(pack.layers, 0))
-    sizes = [-(-(b.shift + b.elements) // 8) * 8 for b in blocks if b.shift == 0]
-    assert sum(b.elements for b in blocks) == elements
-    assert pool.required_bytes(pack) >= sum(sizes) * 4
+    blocks = pool._blocks.blocks(pack.layers[0], 0)
+    assert blocks.elements.sum() == elements
+    sizes = pool._blocks.sizes(pack.layers, 0, 4)
+    assert sizes.tolist() == [-(-n // 8) * 8 for n in blocks.elements.tolist()]
+    assert pool.required_bytes(pack) >= sizes.sum() * 4
 
 
 def test_an_engine_with_padded_ranks_answers_the_same(demo, make_engine, run, greedy, monkeypatch):
@@ -297,11 +298,11 @@ def test_a_rank_over_the_limit_is_refused_with_the_limit_and_its_setting(demo):
     pool = make_pool(demo, max_rank=12, rank_multiple=8)
     says = "has rank 16, at most 12 is served; raise max_lora_rank"
     with pytest.raises(AdapterTooLarge, match=says):
-        pool.check_fits(pack)
+        pool.layouts(pack)
     with pytest.raises(AdapterTooLarge, match=says):
         pool.load(0, pack)
     assert pool.used_bytes == 0
-    make_pool(demo, max_rank=16).check_fits(pack)
+    make_pool(demo, max_rank=16).layouts(pack)
     for wrong in (0, 257):
         with pytest.raises(WorkerError, match=f"max_lora_rank must be from 1 to 256, got {wrong}"):
             make_pool(demo, max_rank=wrong)
@@ -311,7 +312,7 @@ def test_a_rank_over_the_limit_is_refused_with_the_limit_and_its_setting(demo):
 def test_blocks_of_a_layout_lie_in_their_runs_without_overlap(sizes, page):
     layout = BlockLayout(sizes, page)
     end_of: dict[int, int] = {}
-    for (run, offset), size in zip(layout.places, sizes, strict=True):
+    for (run, offset), size in zip(layout.places.tolist(), sizes, strict=True):
         assert offset == end_of.get(run, 0)  # nothing is lost between two blocks
         end_of[run] = offset + size
         assert end_of[run] <= layout.runs[run] * page
@@ -322,7 +323,7 @@ def test_small_blocks_fill_what_large_ones_leave():
     """Here each page with a 60 has room for a 40, which comes later."""
     layout = BlockLayout([60, 60, 60, 40, 40, 40], 100)
     assert layout.runs == [1, 1, 1]
-    assert layout.places == [(0, 0), (1, 0), (2, 0), (0, 60), (1, 60), (2, 60)]
+    assert layout.places.tolist() == [[0, 0], [1, 0], [2, 0], [0, 60], [1, 60], [2, 60]]
 
 
 @settings(max_examples=200)

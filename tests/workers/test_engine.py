@@ -165,6 +165,18 @@ def test_report_counts_tokens_by_adapter_and_survives_the_wire(demo, make_engine
     assert type(report).from_wire(report.to_wire()) == report
 
 
+def test_the_report_says_how_long_a_new_request_would_wait(demo, make_engine, run, greedy):
+    engine = make_engine(max_running=2)
+    run(engine, [greedy(f"r{i}", range(10, 40), max_tokens=6) for i in range(4)])
+    idle = engine.report()
+    assert idle.max_running == 2
+    assert idle.token_s > 0
+    assert idle.wait_s > 0
+    for i in range(6):
+        engine.submit(greedy(f"q{i}", range(10, 40), max_tokens=6))
+    assert engine.report().wait_s > idle.wait_s + 6 * 30 * idle.token_s * 0.9
+
+
 def test_random_traffic_with_aborts_leaves_nothing_behind(demo, make_engine, greedy):
     rng = random.Random()
     engine = make_engine(kv_tokens=512, pool_bytes=7 << 20, max_batch_tokens=40, max_running=9)
@@ -220,7 +232,7 @@ def test_sampling_params_are_torch_free_and_round_trip():
             grammar=Grammar("choice", '["é"]'),
         ),
         "t",
-        AdapterRef("t", "d"),
+        AdapterRef("t", "d" * 64),
         (9,),
     )
     assert GenerationRequest.from_wire(msgpack.unpackb(msgpack.packb(request.to_wire()))) == request

@@ -14,21 +14,15 @@ def test_an_adapter_whose_load_fails_leaves_its_slot_and_pages(
     demo, make_engine, run, greedy, monkeypatch
 ):
     engine = make_engine()
-    b2 = Pack.b2
+    spans = Pack.spans
     broken = demo.refs["devil"].digest
 
-    def fails(pack, *args):
+    def fails(pack, layer):
         if pack.digest == broken:
             raise OSError("unreadable")
-        return b2(pack, *args)
+        return spans(pack, layer)
 
-    monkeypatch.setattr(Pack, "b2", fails)
-    a13 = Pack.dense_b
-    monkeypatch.setattr(
-        Pack,
-        "dense_b",
-        lambda pack, *a, **k: fails(pack) if pack.digest == broken else a13(pack, *a, **k),
-    )
+    monkeypatch.setattr(Pack, "spans", fails)
     bad = run(engine, [greedy("bad", [10, 11], demo.refs["devil"])])["bad"]
     assert bad.last.error_code == "adapter_load_failed"
     assert engine.report().pool_bytes_used == 0
@@ -97,7 +91,7 @@ class _Flaky:
     def __init__(self) -> None:
         self.calls = 0
 
-    def ensure(self, tenant_id: str, digest: str):
+    def ensure(self, tenant_id: str, digest: str, wanted: object = None):
         self.calls += 1
         raise OSError("the store is away")
 

@@ -183,6 +183,22 @@ async def test_a_stream_without_credit_waits_and_the_others_go_on():
         assert client.tokens["slow"] == fake.expected_tokens((5,), 50)
 
 
+@pytest.mark.parametrize("limit", [w.MAX_FRAME_BYTES, 20_000])
+async def test_an_output_too_large_for_a_frame_ends_its_request_in_the_engine(limit, monkeypatch):
+    # The rank's limit stays: with less than that here, the front is first to find it too large.
+    monkeypatch.setattr(w, "MAX_FRAME_BYTES", limit)
+    async with group(step_s=0.01) as (front, _):
+        client = await Client.connect(front.port)
+        client.submit("large", (fake.LARGE, limit + 1), max_tokens=100_000)
+        client.submit("small", max_tokens=50)
+        await client.finish("large", "small")
+        assert client.final["large"]["error_code"] == "response_too_large"
+        assert "ask for fewer logprobs" in client.final["large"]["error"]
+        assert client.tokens["small"] == fake.expected_tokens((1, 2), 50)
+        await until(lambda: front.report.running == 0)
+        assert front.open == 0
+
+
 async def test_tokens_held_for_slow_clients_are_bounded():
     async with group(max_held_tokens=500) as (front, _):
         client = await Client.connect(front.port)
@@ -261,10 +277,13 @@ async def test_garbage_reaches_nobody_else():
             _, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"GET / HTTP/1.1\r\n\r\n")
         # A request that the engine can't read ends alone.
-        good.tokens["broken"] = []
-        good.send({"t": "submit", "req": {"id": "broken", "prompt": 5}, "credit": 1})
-        await good.finish("broken", "r")
-        assert good.final["broken"]["error_code"] == "bad_request"
+        whole = GenerationRequest("odd", (1, 2), SamplingParams(), "tenant").to_wire()
+        for broken in ({"id": "broken", "prompt": 5}, {**whole, "prompt": ["a", None]}):
+            good.tokens[broken["id"]] = []
+            good.send({"t": "submit", "req": broken, "credit": 1})
+            await good.finish(broken["id"])
+            assert good.final[broken["id"]]["error_code"] == "bad_request"
+        await good.finish("r")
         assert good.tokens["r"] == fake.expected_tokens((1, 2), 300)
 
 

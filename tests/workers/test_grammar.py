@@ -20,6 +20,7 @@ from loraplex.workers import (
     check_grammar,
 )
 from loraplex.workers.sampling.grammar import MAX_CHOICES, Grammars, fill_masks
+from loraplex.workers.sampling.grammar_limits import check_multiples
 from loraplex.workers.sampling.sampler import Draw, SamplingBatch, sample
 from tokenizers import Tokenizer
 
@@ -176,6 +177,65 @@ def test_what_cant_be_compiled_is_refused_with_the_reason(grammars, grammar, mes
         check_grammar(grammar)
     with pytest.raises(GrammarInvalid, match=message):
         grammars.start(grammar)
+
+
+def doubling(levels: int, notation: str) -> Grammar:
+    """A text of 2^levels parts, said in `levels` lines."""
+    is_, name = (": ", "T") if notation == "lark" else (" ::= ", "r")
+    lines = [f"{name}{i}{is_}{name}{i + 1} {name}{i + 1}" for i in range(levels)]
+    start = "start: T0" if notation == "lark" else "root ::= r0"
+    return Grammar("grammar", "\n".join([start, *lines, f'{name}{levels}{is_}"{"ab" * 500}"']))
+
+
+@pytest.mark.parametrize("notation", ["lark", "gbnf"])
+@pytest.mark.parametrize("levels", [13, 18, 30])
+def test_a_grammar_that_doubles_itself_is_refused_early(levels, notation):
+    with pytest.raises(GrammarInvalid, match=r"too big|too large"):
+        check_grammar(doubling(levels, notation))
+    check_grammar(doubling(3, notation))
+
+
+MULTIPLES = [  # what they are, and whether they may be asked for
+    ({"type": "integer", "multipleOf": 99991}, True),
+    ({"type": "integer", "multipleOf": 100_003}, False),
+    ({"type": "number", "multipleOf": 100.003}, False),
+    ({"type": "integer", "multipleOf": 10**12}, True),
+    ({"type": "number", "multipleOf": 1e-2}, True),
+    ({"type": "integer", "multipleOf": 2**20}, False),
+    ({"type": "integer", "multipleOf": 997, "allOf": [{"multipleOf": 991}]}, False),
+    ({"anyOf": [{"type": "integer", "multipleOf": 7 + i} for i in range(30)]}, False),
+    ({"anyOf": [{"type": "integer", "multipleOf": 4 * i} for i in range(1, 5)]}, True),
+    ({"type": "integer", "multipleOf": "1" * 5000}, True),  # llguidance says why not
+    ({"properties": {"multipleOf": {"type": "integer"}}}, True),
+]
+
+
+@pytest.mark.parametrize(("schema", "allowed"), MULTIPLES)
+def test_multiples_that_need_large_automata_are_refused(schema, allowed):
+    text = json.dumps(schema)
+    for written in (text, text.replace("multipleOf", "multiple\\u004ff")):
+        for given in (
+            Grammar("json_schema", written),
+            Grammar("grammar", f"start: %json {written}"),
+        ):
+            if allowed:
+                check_multiples(given.text)
+            else:
+                with pytest.raises(GrammarInvalid, match="multipleOf is given"):
+                    check_grammar(given)
+
+
+@pytest.mark.parametrize(
+    ("option", "schema"),
+    [
+        ("lenient", {"type": "array", "uniqueItems": True}),
+        ("coerce_one_of", {"oneOf": [{"type": "string"}, {"maxLength": 3, "type": "string"}]}),
+    ],
+)
+def test_a_schema_cant_ask_for_its_keywords_to_be_dropped(option, schema):
+    for given in (schema, {**schema, "x-guidance": {option: True}}):
+        with pytest.raises(GrammarInvalid):
+            check_grammar(Grammar("json_schema", json.dumps(given)))
 
 
 def test_a_model_without_a_tokenizer_says_so(tmp_path):

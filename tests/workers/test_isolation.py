@@ -59,14 +59,33 @@ def test_an_adapter_purged_in_use_serves_to_the_end(demo, make_engine, run, gree
     prompt = list(range(200, 240))
     reference = run(make_engine(), [greedy("x", prompt, ref)])["x"].tokens
     engine.submit(greedy("x", prompt, ref))
-    tokens = []
-    for step in range(100):
+    tokens, purged = [], False
+    while engine.has_work():
         tokens += [t for out in engine.step() for t in out.token_ids]
-        if step == 5:
+        if len(tokens) >= 5 and not purged:
             engine.purge(ref.key)
-        if not engine.has_work():
-            break
+            purged = True
+    assert purged
     assert tokens == reference
+    assert ref.key not in engine.report().gpu
+    assert engine.report().pool_bytes_used == 0
+
+
+def test_an_adapter_purged_while_requests_wait_for_it_goes_with_the_last(
+    demo, make_engine, run, greedy
+):
+    engine = make_engine(max_running=1)
+    ref, prompt = demo.refs["hacker"], list(range(200, 240))
+    reference = run(make_engine(), [greedy("x", prompt, ref)])["x"].tokens
+    engine.submit(greedy("x", prompt, ref))
+    engine.submit(greedy("y", prompt, ref))
+    engine.purge(ref.key)
+    tokens = {"x": [], "y": []}
+    while engine.has_work():
+        for out in engine.step():
+            assert out.error is None
+            tokens[out.request_id] += out.token_ids
+    assert tokens == {"x": reference, "y": reference}
     assert ref.key not in engine.report().gpu
     assert engine.report().pool_bytes_used == 0
 

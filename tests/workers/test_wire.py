@@ -74,7 +74,9 @@ def test_a_batch_too_large_for_one_frame_is_cut(monkeypatch):
     monkeypatch.setattr(w, "MAX_FRAME_BYTES", 300)
     outputs = [{"id": f"r{i}", "tok": [7] * 40} for i in range(9)]
     outputs.insert(4, {"id": "huge", "tok": [7] * 400})
-    got = [o for f in w.FrameDecoder().feed(b"".join(w.encode_batch(outputs))) for o in f["out"]]
+    frames, ended = w.encode_batch(outputs)
+    assert ended == ["huge"]
+    got = [o for f in w.FrameDecoder().feed(b"".join(frames)) for o in f["out"]]
     assert [o["id"] for o in got] == [o["id"] for o in outputs]
     errors = [o for o in got if "error_code" in o]
     assert [(o["id"], o["error_code"]) for o in errors] == [("huge", "response_too_large")]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..step import SequenceStep
+from .buckets import pow2
 
 
 @dataclass
@@ -48,10 +49,6 @@ class _Bucket:
         return self.masks[window]
 
 
-def _pow2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 @dataclass
 class PaddedBatch:
     """An `AttentionBatch` in buckets."""
@@ -73,7 +70,7 @@ class PaddedBatch:
             table = torch.tensor(seq.blocks)
             write.append(table[pos // block_size] * block_size + pos % block_size)
             used_blocks = -(-(start + n) // block_size)
-            by_shape[_pow2(n), _pow2(used_blocks)].append((row, seq))
+            by_shape[pow2(n), pow2(used_blocks)].append((row, seq))
             row += n
         buckets = [_bucket(members, q, nb, device) for (q, nb), members in by_shape.items()]
         return cls(torch.cat(write).to(device), buckets)

@@ -15,6 +15,7 @@ from ...kernels import TILE_TOKENS, PagedSequences, paged_attention, qkv_prepare
 from ..errors import WorkerError
 from ..host_copies import to_device
 from ..step import SequenceStep
+from .buckets import pow2
 
 _ALIGNMENT = 32  # int32 elements, 128 bytes: kernels are compiled for starts at multiples of 16
 
@@ -54,7 +55,7 @@ class PagedBatch:
             "prefill": _prefill_tiles(new, lengths).reshape(-1, 2),
         }
         there = to_device(arrays, device)
-        return cls(PagedSequences(**there, max_context=_pow2(longest)))
+        return cls(PagedSequences(**there, max_context=pow2(longest)))
 
     def write(
         self, k: torch.Tensor, v: torch.Tensor | None, k_cache: torch.Tensor, v_cache: torch.Tensor
@@ -205,10 +206,6 @@ def _prefill_tiles(new: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     first *= TILE_TOKENS
     order = np.argsort((new - lengths)[sequence] - first, kind="stable")
     return np.stack([sequence, first], 1)[order].reshape(-1)
-
-
-def _pow2(n: int) -> int:
-    return 1 << (n - 1).bit_length() if n > 0 else 0
 
 
 def _offsets(sizes: tuple[int, ...]) -> list[int]:

@@ -116,9 +116,12 @@ class GatewayLink(_ServerLink):
         if self.transport is not None:
             self.transport.set_write_buffer_limits(_SEND_BUFFER_BYTES)
 
-    def send_batch(self, outputs: list[Output], load: Frame) -> None:
-        for data in encode_batch(outputs, load=load):
+    def send_batch(self, outputs: list[Output], load: Frame) -> list[str]:
+        """Sends outputs; the ids of requests that ended because theirs was too large."""
+        frames, ended = encode_batch(outputs, load=load)
+        for data in frames:
             self.send_bytes(data)
+        return ended
 
     def finish(self) -> None:
         """Closes once the peer has been sent what is queued for it."""

@@ -18,6 +18,7 @@ from ..engine_process import LinkAddress
 from ..errors import GroupFailed
 from ..rank_watch import WATCH_EVERY_S, RankWatch
 from ..report import EngineReport
+from ..request import ErrorCode, GenerationRequest
 from ..wire import DEAD_AFTER_S, PING_EVERY_S, Frame, encode, error_output
 from .front_links import GatewayLink, RankLink
 from .streams import Client, Output, StreamTable
@@ -159,7 +160,7 @@ class GroupFront:
         for task in self._tasks:
             task.cancel()
 
-    def fail(self, why: str, code: str = "group_failed", ended: int | None = None) -> None:
+    def fail(self, why: str, code: ErrorCode = "group_failed", ended: int | None = None) -> None:
         """The group can't serve any more: ends open streams; `failure` says why from now on.
 
         The ranks' processes are killed, but for `ended`, which ends by itself: the others may hang
@@ -192,6 +193,8 @@ class GroupFront:
             "running": running,
             "free_pool": self.report.pool_bytes_total - self.report.pool_bytes_used,
             "resident_version": self._resident_version,
+            "wait_s": self.report.wait_s,
+            "token_s": self.report.token_s,
         }
 
     def announcement(self) -> Frame:
@@ -222,7 +225,7 @@ class GroupFront:
     def submit(self, link: GatewayLink, request: Mapping[str, Any], credit: int) -> None:
         """Admits a request, or answers it with the reason why not."""
         request_id = request["id"]
-        refusal = self._refusal()
+        refusal = self._refusal() or _unreadable(request)
         leader = self._ranks.get(0)
         if refusal or leader is None:
             code, text = refusal or ("draining", "rank 0 isn't connected")
@@ -286,7 +289,7 @@ class GroupFront:
 
     # Inside
 
-    def _refusal(self) -> tuple[str, str] | None:
+    def _refusal(self) -> tuple[ErrorCode, str] | None:
         if self.failure is not None:
             return "draining", f"the group has failed and will be replaced: {self.failure}"
         if self.draining or self._closing:
@@ -298,7 +301,7 @@ class GroupFront:
             )
         return None
 
-    def _fail_streams(self, code: str, text: str) -> None:
+    def _fail_streams(self, code: ErrorCode, text: str) -> None:
         self._traces.drop_all(code)
         self._send_outputs(self._streams.fail_all(code, text))
 
@@ -306,7 +309,8 @@ class GroupFront:
         for client, ready in outputs.items():
             link = self._gateways.get(client)
             if ready and link is not None:
-                link.send_batch(ready, self.load())
+                for request_id in link.send_batch(ready, self.load()):
+                    self.abort(link, request_id)
 
     def _abort_in_engine(self, engine_ids: list[str]) -> None:
         self._traces.drop(engine_ids, "aborted")
@@ -344,3 +348,11 @@ class GroupFront:
                 wrong = watch.look(asyncio.get_running_loop().time(), self._ranks)
                 if wrong is not None:
                     self.fail(wrong)
+
+
+def _unreadable(request: Mapping[str, Any]) -> tuple[ErrorCode, str] | None:
+    try:
+        GenerationRequest.from_wire(request)
+    except ValueError as e:
+        return "bad_request", f"the request can't be read: {e}"
+    return None

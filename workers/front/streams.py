@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import WireError
+from ..request import ErrorCode
 from ..wire import error_output
 
 Output = dict[str, Any]  # `TokenOutput.to_wire`
@@ -164,7 +165,7 @@ class StreamTable:
                 aborts.append(engine_id)
         return errors, aborts
 
-    def fail_all(self, code: str, text: str) -> dict[Client, list[Output]]:
+    def fail_all(self, code: ErrorCode, text: str) -> dict[Client, list[Output]]:
         """Ends every stream that the engine works on; the errors to send to each client.
 
         What they hold is dropped: a continuation starts from what the client has. Streams that

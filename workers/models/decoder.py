@@ -67,6 +67,7 @@ class Decoder:
         after = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         h = add_rms_norm_(x, None, self.layers[0].input_norm, self.eps)
         for n, layer in enumerate(self.layers):
+            pool.await_layer(n)
             h = add_rms_norm_(x, layer.attention(n, h, step), layer.post_norm, self.eps)
             h = add_rms_norm_(x, layer.moe(n, h, step), after[n], self.eps)
         return h

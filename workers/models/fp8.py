@@ -18,7 +18,7 @@ from ...kernels import FP8, FP8_BLOCK, MoeWeights, dequantise_fp8, fp8_blocks
 from ..config import ModelConfig
 from ..errors import ModelUnsupported
 from ..shard import Shard
-from ..weights import TensorSource, whole_slices
+from ..weights import TensorSource
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +26,8 @@ _SCALE = "_scale_inv"
 _LEAST_CAPABILITY = (8, 9)  # of the GPUs that convert e4m3
 
 
-class Fp8Source:
-    """What a checkpoint holds, dequantised; with `dtype=FP8` the codes themselves.
-
-    Several threads may call `get`.
-    """
+class Fp8Source(TensorSource):
+    """What a checkpoint holds, dequantised; with `dtype=FP8` the codes themselves."""
 
     def __init__(self, source: TensorSource):
         self._source = source
@@ -38,32 +35,25 @@ class Fp8Source:
         self._lock = threading.Lock()
         self._fp8_bytes = self._dequantised_bytes = 0  # of what `get` gave
 
-    @property
-    def read_bytes(self) -> int:
-        return self._source.read_bytes
-
     def __contains__(self, name: str) -> bool:
         return name in self._source
 
-    def get(
+    def read(
         self,
         name: str,
         shape: Sequence[int],
-        rows: slice | None = None,
-        cols: slice | None = None,
-        depth: slice | None = None,
-        into: torch.Tensor | None = None,
-        dtype: torch.dtype | None = None,
+        slices: tuple[slice, ...],
+        into: torch.Tensor | None,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
-        """See `weights.TensorSource`."""
         if dtype == FP8 or name.endswith(_SCALE) or name + _SCALE not in self._source:
-            out = self._source.get(name, shape, rows, cols, depth, into, dtype)
+            out = self._source.read(name, shape, slices, into, dtype)
             if dtype == FP8 or name.endswith(_SCALE):
                 with self._lock:
                     self._fp8_bytes += out.nbytes
             return out
-        codes = self._source.get(name, shape, rows, cols, dtype=FP8)
-        row, col = whole_slices(shape, rows, cols)
+        codes = self._source.read(name, shape, slices, None, FP8)
+        row, col = slices
         scale = self._source.get(
             name + _SCALE,
             [fp8_blocks(n) for n in shape],
@@ -72,7 +62,7 @@ class Fp8Source:
             dtype=torch.float32,
         )
         values = dequantise_fp8(codes, scale, row.start, col.start)
-        out = values.to(dtype or self.dtype) if into is None else into.copy_(values)
+        out = values.to(dtype) if into is None else into.copy_(values)
         with self._lock:
             self._dequantised_bytes += out.nbytes
         return out

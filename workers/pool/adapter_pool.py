@@ -5,32 +5,36 @@ had room; the tables of `loraplex.kernels` say where. Slots only number the resi
 
 A GPU reads factors 16 bytes at a time where every rank is a multiple of 8: there, ranks are rounded
 up when an adapter is loaded, with rows of A and columns of B that are zero.
+
+A load has three steps: `start_load` reserves the pages, a thread fills them, `show` makes the
+tables say so. Pages are free for another adapter once no launched step names them: `unload` is
+called when no sequence of a launched step holds the slot, and what a stream may still read before
+it comes to that is behind the fence that the next load of the pages waits for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from ...adapter_store import Pack, PackLayer
-from ...kernels import (
-    FUSED_GATE_UP,
-    MAX_RANK,
-    SHARED_A13,
-    SHARED_B2,
-    DenseLoraTables,
-    ExpertLoraTables,
-)
+from ...kernels import MAX_RANK
 from ..config import ModelConfig
 from ..errors import AdapterTooLarge, PoolFull, WorkerError
 from ..shard import Shard
-from .dense_groups import DenseGroup, dense_groups
+from .loader import Contents, Load, Loader
+from .pinned import PinnedMemory
 from .pool_account import Layouts, PoolAccount, Run
-from .pool_blocks import EXPERTS, Block, PoolBlocks
+from .pool_blocks import LayerBlocks, PoolBlocks
+from .pool_pieces import Chunks, LayerPieces, layer_pieces
+from .slot_tables import SlotTables
+from .stager import Transfer, make_stager
 
-_FLOAT16_MAX = torch.finfo(torch.float16).max
+# Of layers of other shapes; one takes up to a few hundred KB.
+_MOST_PIECES = 16
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class AdapterPool:
@@ -39,8 +43,7 @@ class AdapterPool:
     Ranks with other experts need other bytes for the same adapter. Rank 0 decides for all of them,
     so it keeps account of their pages too, and only what fits everywhere is loaded.
 
-    Not thread-safe: the engine's thread calls it between steps. `load` copies; on a GPU the copies
-    are on the stream of the steps, so a block can't be rewritten while a step still reads it.
+    Not thread-safe, but for `layouts`: the engine's thread calls it between steps.
     """
 
     def __init__(
@@ -69,8 +72,8 @@ class AdapterPool:
         if not 1 <= max_rank <= MAX_RANK:
             raise WorkerError(f"max_lora_rank must be from 1 to {MAX_RANK}, got {max_rank}")
         self._shard = shard
-        self._dtype, self._device, self._poison = dtype, device, poison
-        self._max_rank, self._multiple = max_rank, rank_multiple
+        self._poison = poison
+        self._max_rank = max_rank
         self._blocks = PoolBlocks(shard, rank_multiple)
         ep_ranks = range(shard.ep) if shard.rank == 0 else (shard.ep_rank,)
         self._account = PoolAccount(self._blocks, pool_bytes, dtype.itemsize, ep_ranks)
@@ -78,13 +81,17 @@ class AdapterPool:
             self._account.total_bytes // dtype.itemsize, dtype=dtype, device=device
         )
         self.max_slots = max_slots
-        self.experts: list[ExpertLoraTables] = []
-        self.dense: list[dict[str, DenseLoraTables]] = []  # of each layer, as in `dense_groups`
-        for layer in range(model.num_layers):
-            experts = len(shard.experts) if layer >= model.dense_layers else 0
-            self.experts.append(self._expert_tables(experts))
-            groups = dense_groups(shard, layer)
-            self.dense.append({name: self._dense_tables(group) for name, group in groups.items()})
+        self._tables = SlotTables(
+            model, shard, self._blocks, self.buffer, max_slots,
+            max_rank=self._blocks.stored(max_rank), rank_multiple=rank_multiple,
+        )  # fmt: skip
+        self.experts, self.dense = self._tables.experts, self._tables.dense
+        self.pinned = PinnedMemory(device)
+        self._loader = Loader(make_stager(self.buffer, self.pinned))
+        self._loads: dict[int, Load] = {}  # of slots that aren't shown
+        self._arriving: dict[int, Load] = {}  # of slots that are shown and may not be here
+        # By itemsize and shape of a layer.
+        self._pieces: dict[tuple[int, LayerBlocks], LayerPieces] = {}
 
     @property
     def total_bytes(self) -> int:
@@ -97,181 +104,179 @@ class AdapterPool:
 
     def required_bytes(self, pack: Pack) -> int:
         """Bytes of pages that `pack` takes, resident, on the rank where it takes most."""
-        return self._account.layouts(pack.layers).nbytes
+        return self.layouts(pack).nbytes
 
-    def check_fits(self, pack: Pack) -> None:
-        """Raises AdapterTooLarge where `pack` can't be loaded even into the empty pool."""
-        self._check_rank(pack)
-        needed = self.required_bytes(pack)
-        if needed > self.total_bytes:
+    def layouts(self, pack: Pack) -> Layouts:
+        """Where the blocks of `pack` would lie. Any thread may call this.
+
+        Raises:
+            AdapterTooLarge: it can't be loaded even into the empty pool.
+        """
+        rank = max((self._of(layer).max_rank for layer in pack.layers), default=0)
+        if rank > self._max_rank:
             raise AdapterTooLarge(
-                f"adapter {pack.digest[:12]} takes {needed} bytes, the pool has "
+                f"adapter {pack.digest[:12]} has rank {rank}, at most {self._max_rank} is served; "
+                f"raise max_lora_rank (up to {MAX_RANK})"
+            )
+        layouts = self._account.layouts(pack.layers)
+        if layouts.nbytes > self.total_bytes:
+            raise AdapterTooLarge(
+                f"adapter {pack.digest[:12]} takes {layouts.nbytes} bytes, the pool has "
                 f"{self.total_bytes}; raise pool_bytes"
             )
+        return layouts
+
+    def fits(self, layouts: Layouts, without: Iterable[int] = ()) -> bool:
+        """Whether a pack could be loaded now if the slots of `without` were unloaded."""
+        return self._account.fits(layouts, without)
 
     def load(self, slot: int, pack: Pack) -> int:
-        """Makes `pack` resident as `slot`.
+        """Makes `pack` resident as `slot`, and waits for it.
 
         Returns:
             Bytes of pages taken, as `required_bytes`.
 
         Raises:
-            PoolFull: it doesn't fit beside what is resident.
-            AdapterTooLarge: a rank is over the limit, which the tables promise to the kernels.
+            As `start_load`, and what goes wrong with the copies.
+        """
+        layouts = self.layouts(pack)
+        load = self.start_load(slot, pack, layouts)
+        try:
+            load.wait()
+        except BaseException:
+            self.unload(slot)  # or the slot could never be loaded again
+            raise
+        self.show(slot)
+        return layouts.nbytes
+
+    def start_load(self, slot: int, pack: Pack, layouts: Layouts | None = None) -> Load:
+        """Takes the pages of `pack` and has them filled in the background.
+
+        The slot is in use from now on; one whose load fails is unloaded like any other.
+
+        Args:
+            layouts: those of `pack`, where they are known.
+
+        Raises:
+            PoolFull: it doesn't fit beside what is resident; nothing is taken.
+            AdapterTooLarge: as `layouts`.
         """
         if self._account.has(slot):
             raise WorkerError(f"slot {slot} is in use")
-        self._check_rank(pack)
-        layouts = self._account.layouts(pack.layers)
+        layouts = layouts or self.layouts(pack)
         runs = self._account.take(slot, layouts)
         if runs is None:
             raise PoolFull(
                 f"adapter {pack.digest[:12]} takes {layouts.nbytes} bytes, "
                 f"{self._account.free_bytes} are free"
             )
-        try:
-            self._fill(slot, pack, layouts, runs)
-        except BaseException:
-            self.unload(slot)  # or the slot could never be loaded again
-            raise
-        return layouts.nbytes
+        load = Load(
+            [(layer.index, _span_bytes(pack, layer)) for layer in pack.layers],
+            lambda: self._contents(pack, layouts, runs),
+            self._loader.stager.fence(),
+        )
+        self._loads[slot] = load
+        self._loader.start(load)
+        return load
 
-    def _fill(self, slot: int, pack: Pack, layouts: Layouts, runs: Mapping[int, list[Run]]) -> None:
-        """Copies the factors to the slot's pages and sets its tables."""
-        mine = self._shard.ep_rank
-        starts = [first * self._account.page for first, _ in runs[mine]]
-        places = iter(layouts.of_rank[mine].places)
-        base = 0
-        for block in self._blocks.blocks(pack.layers, mine):
-            if block.shift == 0:
-                run, offset = next(places)
-                base = starts[run] + offset
-                self._offsets(block)[slot, block.entry] = base
-            self._copy(pack, block, base + block.shift)
-        self._set_ranks(pack, slot)
+    def show(self, slot: int) -> None:
+        """Makes the tables name the adapter of `slot`, whose load was started before.
+
+        Steps that run before it has come wait on the device, layer by layer (`await_layer`).
+
+        Raises:
+            What made the load fail.
+        """
+        load = self._loads.pop(slot)
+        load.join_row()
+        assert load.row is not None
+        self._tables.write(slot, load.row)
+        if not load.done:
+            self._arriving[slot] = load
+
+    def await_layer(self, layer: int | None = None) -> None:
+        """Later launches of the current stream wait for what isn't here of the layer, or of all
+        layers, of the slots that are shown."""
+        for slot, load in list(self._arriving.items()):
+            if load.done:
+                del self._arriving[slot]
+            else:
+                load.join(layer)
 
     def unload(self, slot: int) -> None:
         """Frees `slot`: its table entries say 'absent' before its pages can be taken again."""
-        for tables in self.experts:
-            for offsets in (
-                tables.offset_a13, tables.offset_b13, tables.offset_a2, tables.offset_b2
-            ):  # fmt: skip
-                offsets[slot] = -1
-            tables.rank[slot] = 0
-            tables.layout[slot] = 0
-        for tables in (tables for layer in self.dense for tables in layer.values()):
-            tables.offset_a[slot] = -1
-            tables.offset_b[slot] = -1
-            tables.rank[slot] = 0
+        for loads in (self._loads, self._arriving):
+            if (load := loads.pop(slot, None)) is not None:
+                load.cancel()
+        self._tables.clear(slot)
         runs = self._account.release(slot)
         if self._poison:
             page = self._account.page
             for first, pages in runs[self._shard.ep_rank]:
                 self.buffer[first * page : (first + pages) * page] = float("nan")
 
-    def _check_rank(self, pack: Pack) -> None:
-        rank = max((rank for layer in pack.layers for rank in _ranks(layer)), default=0)
-        if rank > self._max_rank:
-            raise AdapterTooLarge(
-                f"adapter {pack.digest[:12]} has rank {rank}, at most {self._max_rank} is served; "
-                f"raise max_lora_rank (up to {MAX_RANK})"
-            )
+    def warm_up(self) -> None:
+        """Compiles what loads launch."""
+        self._loader.stager.warm_up()
 
-    def _offsets(self, block: Block) -> torch.Tensor:
-        """The offset table [slots, entries] that names `block`."""
-        if block.group == EXPERTS:
-            tables = self.experts[block.layer]
-        else:
-            tables = self.dense[block.layer][block.group]
-        return getattr(tables, f"offset_{block.factor}")
+    def _of(self, layer: PackLayer) -> LayerBlocks:
+        return self._blocks.blocks(layer, self._shard.ep_rank)
 
-    def _copy(self, pack: Pack, block: Block, offset: int) -> None:
-        source = block.read(pack)
-        if source.size != block.elements:
-            raise WorkerError(
-                f"a block of {source.size} elements came where {block.elements} were expected"
-            )
-        # torch takes no read-only memory, which views of a pack's file are: those are copied.
-        flat = np.require(source, requirements=("C", "W")).reshape(-1)
-        if flat.dtype == np.uint16:
-            tensor = torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16)
-        else:
-            tensor = torch.from_numpy(flat)
-        if self.buffer.dtype == torch.float16:
-            # Uploads are finite in their own precision. An infinite factor would reach the rows of
-            # other adapters in a product that they share.
-            tensor = tensor.float().clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
-        self.buffer[offset : offset + block.elements].copy_(tensor)
-
-    def _set_ranks(self, pack: Pack, slot: int) -> None:
+    def _contents(self, pack: Pack, layouts: Layouts, runs: Mapping[int, list[Run]]) -> Contents:
+        """Called in the loader's thread."""
+        mine = self._shard.ep_rank
+        starts = np.array([first * self._account.page for first, _ in runs[mine]], np.int64)
+        run, offset = layouts.of_rank[mine].places.T
+        places = starts[run] + offset if run.size else offset
+        layers, at = [], 0
         for layer in pack.layers:
-            for name, tables, p in self._dense_homes(layer.index):
-                if (entry := layer.dense.get(name)) is not None:
-                    tables.rank[slot, p] = self._blocks.stored(entry.rank)
-                    tables.scale[slot, p] = entry.scale
-            experts = layer.experts
-            held = self._blocks.held(experts, self._shard.ep_rank) if experts is not None else []
-            if experts is None or not held:
-                continue
-            tables = self.experts[layer.index]
-            ids = torch.tensor([local for _, local in held])
-            ranks = [[self._blocks.stored(rank) for rank in experts.rank[i]] for i, _ in held]
-            scales = [experts.scale[i] for i, _ in held]
-            tables.rank[slot, ids] = torch.tensor(ranks, dtype=torch.int32).to(self._device)
-            tables.scale[slot, ids] = torch.tensor(scales, dtype=torch.float32).to(self._device)
-            bits = FUSED_GATE_UP * experts.fused_gate_up
-            for shared, bit, offsets in (
-                (experts.shared_a13, SHARED_A13, tables.offset_a13),
-                (experts.shared_b2, SHARED_B2, tables.offset_b2),
-            ):
-                if shared:
-                    offsets[slot, ids] = offsets[slot, ids[0]].clone()
-                    bits |= bit
-            tables.layout[slot] = bits
+            blocks = self._of(layer)
+            end = at + blocks.elements.size
+            layers.append((layer, blocks, places[at:end]))
+            at = end
+            # What can be wrong with a pack is found before a byte is moved.
+            self._layer_pieces(pack, layer, blocks)
+        pinned = self.pinned.holds_pack(pack)
+        return Contents(lambda: self._tables.row(layers), self._transfers(pack, layers), pinned)
 
-    def _dense_homes(self, layer: int) -> Iterator[tuple[str, DenseLoraTables, int]]:
-        for name, group in dense_groups(self._shard, layer).items():
-            for p, target in enumerate(group.targets):
-                yield target, self.dense[layer][name], p
+    def _transfers(
+        self, pack: Pack, layers: Sequence[tuple[PackLayer, LayerBlocks, np.ndarray]]
+    ) -> Iterator[Transfer]:
+        dtype, aligned = _DTYPES[pack.dtype], self._blocks.align(self.buffer.itemsize) % 8 == 0
+        for layer, blocks, places in layers:
+            pieces = self._layer_pieces(pack, layer, blocks)
+            table = pieces.table.copy()
+            table[:, 1] += places[pieces.block]
+            low, high = pack.layer_span(layer)
+            for stage in pieces.stages:
+                yield Transfer(
+                    pack.memory[low:high],
+                    stage.copies,
+                    stage.nbytes,
+                    dtype,
+                    table[stage.low : stage.high],
+                    pieces.flat and aligned,
+                    layer.index if stage is pieces.stages[-1] else None,
+                )
 
-    def _expert_tables(self, experts: int) -> ExpertLoraTables:
-        s, e = self.max_slots, experts
-
-        def offsets() -> torch.Tensor:
-            return torch.full((s, e), -1, dtype=torch.int64, device=self._device)
-
-        return ExpertLoraTables(
-            pool=self.buffer,
-            offset_a13=offsets(),
-            offset_b13=offsets(),
-            offset_a2=offsets(),
-            offset_b2=offsets(),
-            rank=torch.zeros(s, e, 3, dtype=torch.int32, device=self._device),
-            scale=torch.zeros(s, e, 3, dtype=torch.float32, device=self._device),
-            layout=torch.zeros(s, dtype=torch.int32, device=self._device),
-            max_rank=self._blocks.stored(self._max_rank),
-            rank_multiple=self._multiple,
-        )
-
-    def _dense_tables(self, group: DenseGroup) -> DenseLoraTables:
-        s, p = self.max_slots, len(group.targets)
-        return DenseLoraTables(
-            pool=self.buffer,
-            offset_a=torch.full((s, p), -1, dtype=torch.int64, device=self._device),
-            offset_b=torch.full((s, p), -1, dtype=torch.int64, device=self._device),
-            rank=torch.zeros(s, p, dtype=torch.int32, device=self._device),
-            scale=torch.zeros(s, p, dtype=torch.float32, device=self._device),
-            out_sizes=group.out_sizes,
-            a_transposed=group.input_cut,
-            max_rank=self._blocks.stored(self._max_rank),
-            rank_multiple=self._multiple,
-        )
+    def _layer_pieces(self, pack: Pack, layer: PackLayer, blocks: LayerBlocks) -> LayerPieces:
+        itemsize = _DTYPES[pack.dtype].itemsize
+        key = itemsize, blocks
+        pieces = self._pieces.get(key)
+        if pieces is None:
+            shard = self._shard
+            chunks = Chunks.of(
+                shard.model.moe_intermediate_size, pack.chunks, shard.expert_tp_rank,
+                shard.expert_tp,
+            )  # fmt: skip
+            room = self._loader.stager.room
+            pieces = layer_pieces(blocks, pack.spans(layer), itemsize, chunks, room)
+            if len(self._pieces) >= _MOST_PIECES:
+                self._pieces.clear()
+            self._pieces[key] = pieces
+        return pieces
 
 
-def _ranks(layer: PackLayer) -> Iterator[int]:
-    """Of every factor pair that the layer has."""
-    for entry in layer.dense.values():
-        yield entry.rank
-    if layer.experts is not None:
-        for ranks in layer.experts.rank:
-            yield from ranks
+def _span_bytes(pack: Pack, layer: PackLayer) -> int:
+    low, high = pack.layer_span(layer)
+    return high - low

@@ -78,6 +78,17 @@ class PoolAccount:
         """Whether `slot` holds pages, be it none."""
         return slot in self._runs
 
+    def fits(self, layouts: Layouts, without: Iterable[int] = ()) -> bool:
+        """Whether `take` would find room once the slots of `without` are released."""
+        gone = [self._runs[slot] for slot in without]
+        for ep_rank, layout in layouts.of_rank.items():
+            pages = self._pages[ep_rank].copy()
+            for first, n in (run for runs in gone for run in runs[ep_rank]):
+                pages.release(first, n)
+            if pages.allocate(layout.runs) is None:
+                return False
+        return True
+
     def take(self, slot: int, layouts: Layouts) -> dict[int, list[Run]] | None:
         """Gives `slot` its pages.
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
 
 # Of the pages of an adapter of Qwen3-30B-A3B, two leave 0.2 to 1.6 % empty, four 0.2 to 1.5 %,
 # eight the same.
@@ -22,20 +25,32 @@ class BlockLayout:
     that, a page of 2 MiB ends in 5 to 10 % of nothing at ranks of 32 to 64.
     """
 
-    def __init__(self, sizes: Sequence[int], page: int):
+    def __init__(self, sizes: Sequence[int] | np.ndarray, page: int):
+        """Places int64 [n, 2]: the run of each block and the offset in it."""
+        sizes = np.asarray(sizes, np.int64)
         self.runs: list[int] = []  # pages of each run
-        self.places: list[tuple[int, int]] = []  # (run, offset in it) of each block
         room: dict[int, int] = {}  # at the end of each run that still takes blocks
-        for size in sizes:
-            run = next((run for run, left in room.items() if left >= size), None)
-            if run is None:
-                run, pages = len(self.runs), max(1, -(-size // page))
-                self.runs.append(pages)
-                room[run] = pages * page
-                if len(room) > _OPEN_RUNS:
-                    del room[min(room, key=room.__getitem__)]
-            self.places.append((run, self.runs[run] * page - room[run]))
-            room[run] -= size
+        rows: list[tuple[int, int, int, int]] = []  # equal ones side by side: run, offset, size, n
+        changes = np.flatnonzero(np.diff(sizes)) + 1
+        for first, end in pairwise([0, *changes.tolist(), sizes.size] if sizes.size else []):
+            size, left = int(sizes[first]), end - first
+            while left:
+                run = next((run for run, free in room.items() if free >= size), None)
+                if run is None:
+                    run, pages = len(self.runs), max(1, -(-size // page))
+                    self.runs.append(pages)
+                    room[run] = pages * page
+                    if len(room) > _OPEN_RUNS:
+                        del room[min(room, key=room.__getitem__)]
+                n = min(left, room[run] // size) if size else left
+                rows.append((run, self.runs[run] * page - room[run], size, n))
+                room[run] -= n * size
+                left -= n
+        run, offset, size, n = np.array(rows, np.int64).reshape(-1, 4).T
+        nth = np.arange(sizes.size) - np.repeat(np.cumsum(n) - n, n)
+        self.places = np.stack(
+            [np.repeat(run, n), np.repeat(offset, n) + nth * np.repeat(size, n)], 1
+        )
 
     @property
     def pages(self) -> int:
@@ -52,6 +67,11 @@ class Pages:
     @property
     def free(self) -> int:
         return sum(n for _, n in self._free)
+
+    def copy(self) -> Pages:
+        other = Pages(self.total)
+        other._free = list(self._free)
+        return other
 
     def allocate(self, runs: Sequence[int]) -> list[int] | None:
         """First page of each run, or None (and nothing taken) when they don't all fit."""

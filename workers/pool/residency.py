@@ -2,22 +2,30 @@
 
 Rank 0 decides; the decisions leave as slot changes in the next step message, so that every rank's
 pool takes the same steps in the same order.
+
+An adapter's way: fetched to this node (`packs`), opened (`packs_opened`), its pages reserved, all
+of them or none, and filled in the background (`loader`), then shown to the kernels. Every wait is
+polled between steps.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ...adapter_store import Pack, PackPin
 from ..errors import PoolFull, WorkerError
 from ..request import AdapterRef
 from ..step import SlotChange
 from .adapter_pool import AdapterPool
-from .packs import HANDOVER_S, PackFetcher, close_later
+from .early_start import Speeds
+from .loader import Load
+from .packs import HANDOVER_S, Fetched, PackFetcher, close_later
+from .packs_opened import OpenedPack, PackOpener
+
+_RETRY_S = 30.0  # until a prefetch that failed is tried again, though nobody asked
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +35,15 @@ class _Resident:
     ref: AdapterRef
     slot: int
     nbytes: int
+    tier: str  # that it came from
+    fetch_s: float  # that it took from there to this node
     users: int = 0
     last_used: int = 0
-    doomed: bool = False  # purged while in use: freed with its last user
+    doomed: bool = False  # purged while in use or loading: freed when neither is
+    load: Load | None = None  # while it hasn't ended
+    shown: bool = True
+    told: bool = False  # the first of who waited for it knows where it came from
+    fresh: bool = False  # a request waited for it and hasn't taken hold yet
 
 
 class Waiting(Exception):
@@ -41,17 +55,27 @@ class Waiting(Exception):
 
 
 class Residency:
-    """Adapters by key: in the pool, or on their way to this node's disk."""
+    """Adapters by key: in the pool, or on their way there."""
 
-    def __init__(self, pool: AdapterPool, fetcher: PackFetcher, base_fingerprint: str | None):
+    def __init__(
+        self,
+        pool: AdapterPool,
+        fetcher: PackFetcher,
+        base_fingerprint: str | None,
+        model_layers: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._pool, self._fetcher = pool, fetcher
-        self._fingerprint = base_fingerprint
+        self._opener = PackOpener(self._examine)
+        self._model_layers, self.speeds = model_layers, Speeds()
+        self._fingerprint, self._time = base_fingerprint, clock
         self._residents: dict[str, _Resident] = {}
         self._by_slot: dict[int, _Resident] = {}
-        self._fetched: dict[str, tuple[Path, str]] = {}
         self._free_slots = list(range(pool.max_slots - 1, -1, -1))
+        self._wanted: dict[str, AdapterRef] = {}  # of queued requests; oldest first
         self._desired: dict[str, AdapterRef] = {}
-        self._refused: set[str] = set()  # prefetches that failed: not tried again until asked for
+        self._failed: dict[str, BaseException] = {}  # loads that a request waits for
+        self._refused: dict[str, float] = {}  # prefetches that failed, and when to try again
         self._no_room: set[str] = set()  # prefetches that wait until something is given up
         self._changes: list[SlotChange] = []
         self._pins: list[PackPin] = []  # of the packs that the changes name
@@ -64,79 +88,153 @@ class Residency:
         self.load_failures = 0
         self.evictions = 0
 
-    def acquire(self, ref: AdapterRef) -> tuple[int, str]:
+    def acquire(self, ref: AdapterRef, tokens: int = 0) -> tuple[int, str]:
         """Takes hold of the adapter for one sequence.
 
+        Args:
+            tokens: that the next step would compute: with many of them it may run while the last
+                layers still come.
+
         Returns:
-            The slot, and the tier it came from: "gpu", "disk" or "s3".
+            The slot, and the tier it came from: "gpu", "host", "disk" or "s3".
 
         Raises:
             Waiting: not yet; call again later.
-            AdapterTooLarge, or whatever the fetch raised: never.
+            AdapterTooLarge, or whatever fetch or load raised: never.
         """
         self._clock += 1
         resident = self._residents.get(ref.key)
-        tier = "gpu"
-        if resident is None or resident.doomed:
-            if resident is not None:
-                raise Waiting(for_room=True)
-            resident, tier = self._bring_in(ref, evict_desired=True)
+        if resident is None:
+            if (error := self._failed.pop(ref.key, None)) is not None:
+                raise error
+            try:
+                self._bring_in(ref, evict=self._idle(), fresh=True)
+            except Waiting:
+                raise
+            except Exception:
+                self._wanted.pop(ref.key, None)
+                raise
+            raise Waiting(for_room=False)
+        if resident.doomed:
+            raise Waiting(for_room=True)
+        if not resident.shown:
+            resident.fresh = True
+            if not self._may_start(resident, tokens):
+                raise Waiting(for_room=False)
+            self._show(resident)
+        tier, resident.told = "gpu" if resident.told else resident.tier, True
         resident.users += 1
         resident.last_used = self._clock
+        resident.fresh = False
         return resident.slot, tier
 
-    def release(self, slot: int) -> None:
-        """Ends one sequence's hold on `slot`."""
+    def release(self, slot: int, drop: bool = False) -> None:
+        """Ends one sequence's hold on `slot`.
+
+        Args:
+            drop: the adapter was purged while the sequence waited for it: it goes with the last
+                that holds it.
+        """
         resident = self._by_slot[slot]
         resident.users -= 1
+        resident.doomed |= drop and resident.users == 0
         self._no_room.clear()
-        if resident.doomed and resident.users == 0:
-            self._drop(resident)
+        self._drop_doomed(resident)
 
     def want(self, ref: AdapterRef) -> None:
-        """Starts fetching the pack of a request that was just queued."""
-        if ref.key not in self._residents and ref.key not in self._fetched:
-            self._fetcher.start(ref)
+        """Starts to bring the adapter of a request that was just queued, as far as there is
+        room."""
+        resident = self._residents.get(ref.key)
+        if resident is None:
+            self._failed.pop(ref.key, None)
+            self._wanted[ref.key] = ref
+            self._no_room.discard(ref.key)
+            if not self._opener.has(ref.key):
+                self._fetcher.start(ref)
+
+    def give_up(self, key: str) -> None:
+        """No request waits for the adapter any more; what the controller desires goes on."""
+        self._wanted.pop(key, None)
+        if key not in self._desired:
+            self._fetcher.give_up(key)
 
     def set_desired(self, refs: Iterable[AdapterRef]) -> None:
         """The controller's advice: fetch and load these when there is room, keep them longest."""
         self._desired = {r.key: r for r in refs}
-        self._refused &= self._desired.keys()
+        self._refused = {k: at for k, at in self._refused.items() if k in self._desired}
+
+    def settle(self) -> None:
+        """Takes note of loads that have ended: their adapters are shown from the next step on."""
+        for resident in [r for r in self._by_slot.values() if r.load is not None]:
+            load = resident.load
+            assert load is not None
+            if not load.done:
+                continue
+            resident.load = None
+            self._no_room.clear()  # it may leave again
+            if load.error is not None:
+                self._fail(resident, load.error)
+                continue
+            if load.pinned:
+                self.speeds.loaded(load.nbytes, load.seconds)
+            self._count_load(resident, load.seconds)
+            if not resident.shown and not resident.doomed:
+                self._show(resident)
+            self._drop_doomed(resident)
 
     def prefetch(self) -> None:
-        """Moves at most one desired adapter into the pool; evicts only what nobody wants."""
-        for key, ref in self._desired.items():
-            if key in self._residents or key in self._refused:
+        """Starts to load at most one adapter that a queued request waits for or that is desired;
+        evicts only what nobody wants."""
+        blocked = self._blocked()
+        for key, ref in [*self._wanted.items(), *self._desired.items()]:
+            if key in self._residents or self._fetcher.failed(ref):
+                self._wanted.pop(key, None)  # who waits for it is told when it asks
+            if key in self._residents or key in blocked:
                 continue
+            wanted = key in self._wanted
+            spare = [r for r in self._idle() if r.ref.key not in self._desired and not r.fresh]
             try:
-                self._bring_in(ref, evict_desired=False)
+                self._bring_in(ref, evict=spare, fresh=wanted)
+                self._wanted.pop(key, None)
                 return
             except Waiting as wait:
                 if wait.for_room:
                     self._no_room.add(key)
-            except Exception:
-                # A request for it will fetch again and report the reason to its tenant.
-                self._refused.add(key)
+            except Exception as error:
+                if wanted:
+                    self._failed[key] = error
+                    del self._wanted[key]
+                else:
+                    # A request for it will fetch again and report the reason to its tenant.
+                    self._refused[key] = self._time() + _RETRY_S
 
     @property
     def prefetch_ready(self) -> bool:
-        """Whether `prefetch` could do something now."""
-        return any(
-            k not in self._residents and k not in self._refused and not self._blocked(k)
-            for k in self._desired
-        )
+        """Whether `settle` or `prefetch` could do something now, or soon."""
+        if self.loads_run:
+            return True
+        return bool(self._desired.keys() - self._residents.keys() - self._blocked())
+
+    def rest(self, seconds: float) -> None:
+        """Waits for something that comes in the background, for at most so long."""
+        load = next((r.load for r in self._by_slot.values() if r.load is not None), None)
+        if load is not None:
+            load.rest(seconds)
+        elif self._opener.opening:
+            self._opener.rest(seconds)
+        elif self._fetcher.loading:
+            self._fetcher.rest(seconds)
 
     def purge(self, key: str) -> None:
         """Forgets an adapter; one in use goes with its last sequence."""
         self._desired.pop(key, None)
-        self._fetched.pop(key, None)
+        self._wanted.pop(key, None)
+        self._failed.pop(key, None)
+        self._opener.forget(key)
         resident = self._residents.get(key)
-        if resident is None:
-            return
-        if resident.users:
+        if resident is not None:
             resident.doomed = True
-        else:
-            self._drop(resident)
+            self._drop_doomed(resident)
 
     def take_changes(self) -> list[SlotChange]:
         """Slot changes since the last call, in order, for the other ranks.
@@ -150,7 +248,11 @@ class Residency:
         return changes
 
     def resident(self) -> dict[str, int]:
-        return {k: r.nbytes for k, r in self._residents.items()}
+        return {k: r.nbytes for k, r in self._residents.items() if r.shown}
+
+    @property
+    def loads_run(self) -> bool:
+        return any(r.load is not None for r in self._by_slot.values())
 
     def bytes_of(self, slot: int) -> int:
         """That the adapter in `slot` takes."""
@@ -163,101 +265,164 @@ class Residency:
 
     @property
     def loading(self) -> list[str]:
-        return self._fetcher.loading
+        coming = [k for k, r in self._residents.items() if not r.shown]
+        return [*dict.fromkeys([*self._fetcher.loading, *self._opener.opening, *coming])]
 
-    def _blocked(self, key: str) -> bool:
-        return key in self._no_room or key in self._fetcher.loading
+    def close(self) -> None:
+        self._opener.close()
 
-    def _bring_in(self, ref: AdapterRef, evict_desired: bool) -> tuple[_Resident, str]:
-        if ref.key not in self._fetched:
-            try:
-                fetched = self._fetcher.poll(ref)
-            except Exception:
-                self.load_failures += 1
-                raise
-            if fetched is None:
-                raise Waiting(for_room=False)
-            self._fetched[ref.key] = fetched
-        path, tier = self._fetched[ref.key]
-        started = time.perf_counter()
+    def _blocked(self) -> set[str]:
+        """Whom `prefetch` can do nothing for now."""
+        now = self._time()
+        refused = (k for k, at in self._refused.items() if now < at)
+        return {*self._no_room, *self._fetcher.loading, *self._opener.opening, *refused}
+
+    def _bring_in(self, ref: AdapterRef, evict: list[_Resident], fresh: bool) -> None:
+        """Starts the adapter's load.
+
+        Args:
+            evict: who may go for it, first to go first.
+            fresh: a request waits for it.
+
+        Raises:
+            Waiting: its pack isn't here and open yet, or there is no room.
+            What is wrong with it.
+        """
         try:
-            pin = PackPin(path)
+            opened = self._open(ref)
+            if opened is None:
+                raise Waiting(for_room=False)
+            pin = PackPin(opened.path)
         except FileNotFoundError:  # evicted since its fetch: it had to wait for room in the pool
-            del self._fetched[ref.key]
+            self._opener.forget(ref.key)
             self._fetcher.start(ref)
             raise Waiting(for_room=False) from None
+        except Waiting:
+            raise
+        except Exception:
+            self.load_failures += 1
+            raise
         try:
-            pack = Pack.open(path, verify=False)  # its fetch verified it
-            self._check(pack, ref)
-            resident = self._load(pack, ref, path, evict_desired)
+            slot = self._make_room(opened, evict)
+            load = self._pool.start_load(slot, opened.pack, opened.layouts)
         except PoolFull:
             pin.close()
             raise Waiting(for_room=True) from None
-        except Exception:
+        except BaseException:
             pin.close()
-            self.load_failures += 1
-            del self._fetched[ref.key]
             raise
         self._pins.append(pin)
-        del self._fetched[ref.key]
-        self._count_load(ref.key, tier, time.perf_counter() - started, resident.nbytes)
-        return resident, tier
+        self._opener.forget(ref.key)
+        self._free_slots.remove(slot)
+        self._changes.append(SlotChange("load", slot, str(opened.path)))
+        resident = _Resident(
+            ref,
+            slot,
+            opened.layouts.nbytes,
+            opened.tier,
+            opened.fetch_s,
+            last_used=self._clock,
+            load=load,
+            shown=False,
+            told=not fresh,
+            fresh=fresh,
+        )
+        self._residents[ref.key] = self._by_slot[slot] = resident
 
-    def _count_load(self, key: str, tier: str, seconds: float, nbytes: int) -> None:
-        whole = seconds + self._fetcher.seconds.pop(key, 0.0)
-        tenant, _, digest = key.partition("/")
+    def _count_load(self, resident: _Resident, load_s: float) -> None:
+        tier, nbytes, whole = resident.tier, resident.nbytes, resident.fetch_s + load_s
+        tenant, digest = resident.ref.tenant_id, resident.ref.digest
         extra = {"tenant": tenant, "digest": digest, "seconds": round(whole, 4)}
         log.info("adapter loaded from %s, %d bytes", tier, nbytes, extra=extra)
         self.loads[tier] = self.loads.get(tier, 0) + 1
-        self.load_seconds += seconds
+        self.load_seconds += load_s
         self.load_bytes += nbytes
         self.tier_seconds[tier] = self.tier_seconds.get(tier, 0.0) + whole
         self.tier_bytes[tier] = self.tier_bytes.get(tier, 0) + nbytes
 
-    def _check(self, pack: Pack, ref: AdapterRef) -> None:
-        if pack.digest != ref.digest:
-            raise WorkerError(f"the pack of {ref.key} holds the digest {pack.digest}")
+    def _open(self, ref: AdapterRef) -> OpenedPack | None:
+        if not self._opener.has(ref.key):
+            fetched = self._fetcher.poll(ref)
+            if fetched is None:
+                return None
+            self._opener.start(ref.key, fetched)
+        return self._opener.poll(ref.key)
+
+    def _examine(self, key: str, fetched: Fetched) -> OpenedPack:
+        """Called in the opener's threads."""
+        path, tier, fetch_s = fetched
+        pack = Pack.open(path, verify=False)  # its fetch verified it
+        digest = key.rpartition("/")[2]
+        if pack.digest != digest:
+            raise WorkerError(f"the pack of {key} holds the digest {pack.digest}")
         if self._fingerprint and pack.base_fingerprint != self._fingerprint:
             raise WorkerError(
-                f"adapter {ref.digest[:12]} was published for another base model "
+                f"adapter {digest[:12]} was published for another base model "
                 f"({pack.base_fingerprint[:12]}, this one is {self._fingerprint[:12]}); "
                 "upload it again"
             )
+        return OpenedPack(path, tier, fetch_s, pack, self._pool.layouts(pack))
 
-    def _load(self, pack: Pack, ref: AdapterRef, path: Path, evict_desired: bool) -> _Resident:
-        # Evicting for an adapter that can't fit anyway would empty the pool for nothing.
-        self._pool.check_fits(pack)
-        victims = self._victims(evict_desired)
-        while True:
-            if self._free_slots:
-                slot = self._free_slots[-1]
-                try:
-                    nbytes = self._pool.load(slot, pack)
-                    break
-                except PoolFull:
-                    pass
-            if not victims:
-                raise PoolFull(f"no room for {ref.key}")
-            self._drop(victims.pop(0))
+    def _make_room(self, opened: OpenedPack, evict: list[_Resident]) -> int:
+        """A free slot, beside room for the pack; evicts as few as it takes, none in vain.
+
+        Raises:
+            PoolFull: even without all of `evict` there would be no room.
+        """
+        gone = 0
+        while not (self._free_slots or gone) or not self._pool.fits(
+            opened.layouts, [r.slot for r in evict[:gone]]
+        ):
+            if gone == 0 and not self._pool.fits(opened.layouts, [r.slot for r in evict]):
+                raise PoolFull(f"no room for {opened.pack.digest[:12]}")
+            if gone == len(evict):
+                raise PoolFull(f"no slot for {opened.pack.digest[:12]}")
+            gone += 1
+        for resident in evict[:gone]:
+            self._drop(resident)
             self.evictions += 1
-        self._free_slots.pop()
-        self._changes.append(SlotChange(slot, str(path)))
-        resident = _Resident(ref, slot, nbytes, last_used=self._clock)
-        self._residents[ref.key] = self._by_slot[slot] = resident
-        return resident
+        return self._free_slots[-1]
 
-    def _victims(self, evict_desired: bool) -> list[_Resident]:
-        """Idle residents, first to go first: undesired before desired, then least recent."""
-        idle = [
-            r
-            for k, r in self._residents.items()
-            if r.users == 0 and (evict_desired or k not in self._desired)
-        ]
-        return sorted(idle, key=lambda r: (r.ref.key in self._desired, r.last_used))
+    def _idle(self) -> list[_Resident]:
+        """Residents that may go, first to go first: undesired before desired, then least recent;
+        last of all those that a request has waited for and will take hold of."""
+        idle = [r for r in self._residents.values() if r.users == 0 and r.load is None]
+        return sorted(idle, key=lambda r: (r.fresh, r.ref.key in self._desired, r.last_used))
+
+    def _may_start(self, resident: _Resident, tokens: int) -> bool:
+        """Whether a step may name it already and wait for each layer on the device.
+
+        The first layer must have been launched: from there on, from memory that is pinned, nothing
+        goes wrong that a device survives.
+        """
+        load = resident.load
+        alone = [r.load for r in self._by_slot.values() if r.load is not None] == [load]
+        if load is None or not (alone and load.pinned and load.underway):
+            return False
+        return self.speeds.may_start(load.layers, tokens, self._model_layers, load.elapsed)
+
+    def _show(self, resident: _Resident) -> None:
+        self._pool.show(resident.slot)
+        self._changes.append(SlotChange("show", resident.slot))
+        resident.shown = True
+
+    def _fail(self, resident: _Resident, error: BaseException) -> None:
+        """A load has failed: its pages are free again, and who waits for it is told."""
+        key = resident.ref.key
+        self.load_failures += 1
+        self._drop(resident)
+        if resident.fresh:
+            self._failed[key] = error
+        else:
+            self._refused[key] = self._time() + _RETRY_S
+
+    def _drop_doomed(self, resident: _Resident) -> None:
+        if resident.doomed and resident.users == 0 and resident.load is None:
+            self._drop(resident)
 
     def _drop(self, resident: _Resident) -> None:
         self._pool.unload(resident.slot)
-        self._changes.append(SlotChange(resident.slot, None))
+        self._changes.append(SlotChange("unload", resident.slot))
         self._free_slots.append(resident.slot)
         del self._by_slot[resident.slot]
         del self._residents[resident.ref.key]

@@ -18,13 +18,13 @@ import numpy as np
 from llguidance import (
     LLExecutor,
     LLMatcher,
-    LLParserLimits,
     LLTokenizer,
     grammar_from,
 )
 
 from ..errors import GrammarInvalid
 from ..request import Grammar
+from .grammar_limits import check_multiples, limits
 
 MAX_CHOICES = 1024
 _THREADS = 2  # that compile at once
@@ -41,7 +41,7 @@ def check_grammar(grammar: Grammar) -> None:
         GrammarInvalid: it can't be compiled; the message says where.
     """
     failed, messages = LLMatcher.validate_grammar_with_warnings(
-        _source(grammar), None, limits=_limits()
+        _source(grammar), None, limits=limits(grammar.kind)
     )
     if failed:
         raise GrammarInvalid(_first_lines(messages[0]))
@@ -118,7 +118,7 @@ class Grammars:
         if self._tokenizer is not None:
             try:
                 source = _source(grammar)
-                found = LLMatcher(self._tokenizer, source, log_level=0, limits=_limits())
+                found = LLMatcher(self._tokenizer, source, log_level=0, limits=limits(grammar.kind))
                 if found.is_error():
                     found = _first_lines(found.get_error())
             except GrammarInvalid as e:
@@ -183,26 +183,20 @@ def _executor() -> LLExecutor:
     return LLExecutor()
 
 
-@cache
-def _limits() -> LLParserLimits:
-    """Bounds on what one grammar may cost the engine's other requests.
-
-    llguidance's own for a step, since large vocabularies need them, and less for what a grammar
-    may grow to; its size as a text is the gateway's to bound.
-    """
-    return LLParserLimits(
-        max_grammar_size=100_000,
-        max_lexer_states=50_000,
-        verbose_errors=False,
-    )
-
-
 def _source(grammar: Grammar) -> str:
     """A grammar in llguidance's own notation. Raises GrammarInvalid."""
     try:
+        if grammar.kind in ("json_schema", "grammar"):
+            check_multiples(grammar.text)
         if grammar.kind == "json_schema":
             return LLMatcher.grammar_from_json_schema(
-                grammar.text, overrides={"whitespace_pattern": _WHITESPACE}
+                grammar.text,
+                # A schema's "x-guidance" may make less of its other keywords, and tell nobody.
+                overrides={
+                    "whitespace_pattern": _WHITESPACE,
+                    "lenient": False,
+                    "coerce_one_of": False,
+                },
             )
         if grammar.kind == "choice":
             _check_choices(json.loads(grammar.text))

@@ -205,6 +205,11 @@ def main() -> None:
     between_projections(bf16)
     for padding in (None, torch.zeros(4, 1, dtype=torch.bool)):
         gpu.softmax_topk(torch.zeros(4, 128, dtype=bf16), 8, True, padding)
+    pieces = torch.zeros(2, 5, dtype=torch.int64)
+    for packed, pool in ((bf16, bf16), (torch.float32, torch.float16), (torch.float16, bf16)):
+        for flat in (True, False):
+            staged, held = torch.zeros(64, dtype=packed), torch.zeros(64, dtype=pool)
+            gpu.scatter_pieces_(held, staged, pieces, flat)
     least_kept(
         torch.zeros(2, 151936),
         torch.ones(2, dtype=torch.int64),

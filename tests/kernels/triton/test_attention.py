@@ -96,7 +96,7 @@ def test_any_step(seed, lengths, shape, window, sinks, block_size, dtype):
 
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 70])
-@pytest.mark.parametrize("splits", [2, 3, 17])
+@pytest.mark.parametrize("splits", [2, 3, 25])
 def test_shared_keys(split, splits, window, sinks):
     """More programs than a reduction takes at once, and more than there are keys for."""
     split(splits)
@@ -105,6 +105,26 @@ def test_shared_keys(split, splits, window, sinks):
         sinks=sinks, blocks=200, unused=torch.nan,
     )  # fmt: skip
     check(case, planned(case))
+
+
+@pytest.mark.parametrize("short", [1, 2])
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_short_sequence_is_shared_out_as_if_none_were_long(short, window, monkeypatch):
+    """To the last bit: what its neighbours or a graph's longest context ask for isn't for it."""
+    monkeypatch.setattr(module, "MIN_SHARE", 32)
+    monkeypatch.setattr(module, "LONG_CONTEXT", 100)
+    case = random_case(
+        [(99, 1), (0, 1), (333, 1), (40, 1), (100, 1)], 6, 2, 24, 16, window=window,
+        sinks=True, blocks=200, unused=torch.nan,
+    )  # fmt: skip
+    batch = planned(case)
+    monkeypatch.setattr(module, "decode_splits", lambda *_: short)
+    alone = case.run(batch)
+    monkeypatch.setattr(module, "decode_splits", lambda _, most, __: 5 if most > 100 else short)
+    got = check(case, batch)
+    assert torch.equal(got[[0, 1, 3]], alone[[0, 1, 3]])
+    if window is None:
+        assert not torch.equal(got[[2, 4]], alone[[2, 4]])
 
 
 def test_shared_keys_of_a_latent_cache(split):

@@ -1,0 +1,68 @@
+"""The live policy against four others in the simulator, on all published scenarios.
+
+    python benchmarks/simulator.py                 # a few minutes on one core
+    python benchmarks/simulator.py --only zipf-1   # prints, writes nothing
+
+All policies see the same traces. Time to first token and bytes moved (into pools, from disks and
+from the object store) are of what comes after each scenario's warm-up. Writes
+benchmarks/results/simulator/comparison.json and two SVGs; the same seed gives the same file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from loraplex.cluster.simulate import SCENARIOS, Hardware, Summary, bars, compare, generate
+
+RESULTS = Path(__file__).resolve().parent / "results" / "simulator"
+
+
+def show(name: str, rows: list[Summary], seconds: float) -> None:
+    print(f"{name}  ({seconds:.0f} s of CPU)")
+    for s in rows:
+        print(
+            f"  {s.policy:9} p50 {s.p50_ttft_s:8.3f}  p99 {s.p99_ttft_s:8.3f} s  "
+            f"worst decile {s.slo_worst_decile:6.1%}  pools {s.gpu_gb:8.1f} GB  "
+            f"disk {s.disk_gb:6.1f}  s3 {s.s3_gb:7.1f}",
+            flush=True,
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", choices=list(SCENARIOS), help="one scenario, nothing written")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    results: dict[str, list[Summary]] = {}
+    for name, scenario in SCENARIOS.items():
+        if args.only in (None, name):
+            started = time.process_time()
+            trace = generate(scenario.work, args.seed)
+            results[name] = compare(trace, scenario.groups, scenario.warmup_s, args.seed)
+            show(name, results[name], time.process_time() - started)
+    if args.only is None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        report = {
+            "seed": args.seed,
+            "hardware": asdict(Hardware()),
+            "scenarios": {
+                name: {**asdict(SCENARIOS[name]), "results": [asdict(s) for s in rows]}
+                for name, rows in results.items()
+            },
+        }
+        (args.out / "comparison.json").write_text(json.dumps(report, indent=1) + "\n")
+        ttft = bars(results, "p99_ttft_s", "p99 time to first token, seconds", 0.01)
+        (args.out / "ttft.svg").write_text(ttft)
+        moved = bars(results, "gpu_gb", "copied into adapter pools, GB", 1.0)
+        (args.out / "bytes.svg").write_text(moved)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

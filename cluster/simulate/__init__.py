@@ -1,0 +1,46 @@
+"""A deterministic simulator of worker groups that runs the policy code of the live system.
+
+`simulate` runs a trace against a `Policy`; `compare` runs several on the same one.
+"""
+
+from .baselines import HashLru, RayMultiplex, TwoChoices
+from .dynamo import Dynamo
+from .generate import Workload, generate
+from .hardware import Hardware
+from .loraplex import Loraplex
+from .plot import bars
+from .policy import Advice, Policy
+from .scenarios import POLICIES, SCENARIOS, Scenario, compare
+from .simulation import Outcome, SimulationError, simulate
+from .summary import Summary, summarize
+from .trace import Fault, Trace, TracedAdapter, TracedRequest, TraceError, load_trace, save_trace
+
+__all__ = [
+    "POLICIES",
+    "SCENARIOS",
+    "Advice",
+    "Dynamo",
+    "Fault",
+    "Hardware",
+    "HashLru",
+    "Loraplex",
+    "Outcome",
+    "Policy",
+    "RayMultiplex",
+    "Scenario",
+    "SimulationError",
+    "Summary",
+    "Trace",
+    "TraceError",
+    "TracedAdapter",
+    "TracedRequest",
+    "TwoChoices",
+    "Workload",
+    "bars",
+    "compare",
+    "generate",
+    "load_trace",
+    "save_trace",
+    "simulate",
+    "summarize",
+]

@@ -1,0 +1,169 @@
+"""A simulated group's adapter pool: what is on the GPU, and what goes for what comes.
+
+The rules are those of `workers/pool/residency.py`: what is in use stays; of the rest, adapters
+that the controller doesn't want go first, the least recently used of them before others; a
+prefetch never evicts what is wanted. Loads don't stop the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from .clock import Clock
+from .hardware import Hardware
+from .tiers import NodeTiers
+
+
+@dataclass
+class _Resident:
+    nbytes: int
+    users: int = 0
+    last_used: int = 0
+
+
+class SimPool:
+    """
+    Args:
+        sizes: adapter key -> bytes.
+        loaded: told the key of each adapter that has come.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        hardware: Hardware,
+        sizes: Mapping[str, int],
+        tiers: NodeTiers,
+        loaded: Callable[[str], None],
+    ) -> None:
+        self._clock, self._hardware, self._sizes, self._tiers = clock, hardware, sizes, tiers
+        self._loaded = loaded
+        self.resident: dict[str, int] = {}  # key -> bytes, as a group's report has it
+        self._state: dict[str, _Resident] = {}
+        self._fetching: dict[str, bool] = {}  # to host memory -> whether a request waits for it
+        self._copying: set[str] = set()
+        self._desired: tuple[str, ...] = ()
+        self._desired_set: frozenset[str] = frozenset()
+        self._roomless: dict[str, None] = {}  # in host memory, asked for, in the order they came
+        self._uses = 0
+        self._used_bytes = 0
+        self._copy_free_at = 0.0
+        self._alive = True
+        self.bytes_loaded = 0
+        self.loads: dict[str, int] = {}
+        self.evictions = 0
+
+    @property
+    def blocked(self) -> bool:
+        """A request's adapter waits for room."""
+        return bool(self._roomless)
+
+    @property
+    def coming(self) -> list[str]:
+        return [*self._fetching, *self._roomless, *self._copying]
+
+    def acquire(self, key: str) -> bool:
+        """Takes hold of the adapter for one request; False when it isn't here: it comes then."""
+        resident = self._state.get(key)
+        if resident is None:
+            self._ask(key)
+            return False
+        self._uses += 1
+        resident.users += 1
+        resident.last_used = self._uses
+        return True
+
+    def release(self, key: str) -> None:
+        self._state[key].users -= 1
+        self._retry()
+
+    def advise(self, desired: Iterable[str]) -> None:
+        """What the controller wants here; it comes when there is room."""
+        self._desired = tuple(desired)
+        self._desired_set = frozenset(self._desired)
+        self._retry()
+
+    def shut(self) -> None:
+        """The group died: what was on its way goes nowhere."""
+        self._alive = False
+
+    def _ask(self, key: str) -> None:
+        if key in self._copying or key in self._roomless:
+            return
+        if key in self._fetching:
+            self._fetching[key] = True
+            return
+        self._start(key, asked=True)
+
+    def _start(self, key: str, asked: bool) -> None:
+        self._fetching[key] = asked
+        tier = self._tiers.fetch(key, lambda: self._fetched(key))
+        self.loads[tier] = self.loads.get(tier, 0) + 1
+
+    def _fetched(self, key: str) -> None:
+        if not self._alive:
+            return
+        asked = self._fetching.pop(key)
+        if asked:
+            self._roomless[key] = None
+            self._retry()
+        elif key in self._desired_set and self._make_room(key, evict_desired=False):
+            self._copy(key)
+
+    def _retry(self) -> None:
+        while self._roomless:
+            key = next(iter(self._roomless))
+            if not self._make_room(key, evict_desired=True):
+                return
+            del self._roomless[key]
+            self._copy(key)
+        for key in self._desired:
+            if key in self._state or key in self._fetching or key in self._copying:
+                continue
+            if self._could_fit(key, evict_desired=False):
+                self._start(key, asked=False)
+
+    def _victims(self, evict_desired: bool) -> list[tuple[bool, int, str]]:
+        return sorted(
+            (key in self._desired_set, r.last_used, key)
+            for key, r in self._state.items()
+            if r.users == 0 and (evict_desired or key not in self._desired_set)
+        )
+
+    def _could_fit(self, key: str, evict_desired: bool) -> bool:
+        need = self._used_bytes + self._sizes[key] - self._hardware.pool_bytes
+        if need <= 0:
+            return True
+        return need <= sum(self._state[k].nbytes for _, _, k in self._victims(evict_desired))
+
+    def _make_room(self, key: str, evict_desired: bool) -> bool:
+        if not self._could_fit(key, evict_desired):
+            return False
+        limit = self._hardware.pool_bytes - self._sizes[key]
+        for _, _, victim in self._victims(evict_desired):
+            if self._used_bytes <= limit:
+                break
+            self._used_bytes -= self._state.pop(victim).nbytes
+            del self.resident[victim]
+            self.evictions += 1
+        return True
+
+    def _copy(self, key: str) -> None:
+        nbytes = self._sizes[key]
+        self._used_bytes += nbytes
+        self._copying.add(key)
+        self.bytes_loaded += nbytes
+        start = max(self._clock.now, self._copy_free_at)
+        self._copy_free_at = start + nbytes / self._hardware.gpu_bytes_s
+        self._clock.at(self._copy_free_at, lambda: self._copied(key))
+
+    def _copied(self, key: str) -> None:
+        if not self._alive:
+            return
+        self._copying.discard(key)
+        self._uses += 1
+        self._state[key] = _Resident(self._sizes[key], last_used=self._uses)
+        self.resident[key] = self._sizes[key]
+        self._loaded(key)
+        self._retry()  # what came for nobody may give way
