@@ -295,6 +295,27 @@ def test_what_is_told_by_one_label_is_there_before_it_happens():
         assert value(registry, name, **labels) == 0
 
 
+def test_what_came_from_the_nodes_memory_is_told_apart():
+    registry = CollectorRegistry()
+    key, other = f"acme/{DIGEST}", "acme/" + "cd" * 32
+    report = full_report(
+        host={key: 150, other: 150},
+        loads={"s3": 1, "host": 4},
+        tier_load_seconds={"s3": 0.5, "host": 0.125},
+        tier_load_bytes={"s3": 300, "host": 1200},
+        admissions={"gpu": 3, "host": 5},
+    )
+    EngineMetrics(registry, "g0").update(EngineReport.from_wire(report.to_wire()))
+    for name, held in (
+        ("loraplex_engine_resident_adapters", 2),
+        ("loraplex_engine_loads_total", 4),
+        ("loraplex_engine_load_seconds_total", 0.125),
+        ("loraplex_engine_load_bytes_total", 1200),
+        ("loraplex_engine_admitted_requests_total", 5),
+    ):
+        assert value(registry, name, group="g0", tier="host") == held
+
+
 def test_two_gateway_replicas_add_up_to_what_their_clients_saw():
     texts = []
     for replica, requests in (("r0", 3), ("r1", 5)):
