@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .fair_queue import FairQueue
     from .fairness import Prices, VirtualTokenCounter
     from .front.group_front import FrontConfig, GroupFront
+    from .front.traces import RequestTrace
     from .group import GroupRanks, RankPlacement
     from .handshake import ClientHandshake
     from .model_runner import run_follower
@@ -81,6 +82,7 @@ _HOME = {
     "Prices": "fairness",
     "RankPlacement": "group",
     "RankProgram": "engine_process",
+    "RequestTrace": "front.traces",
     "SamplingParams": "request",
     "TokenLogprob": "request",
     "TokenOutput": "request",
@@ -127,6 +129,7 @@ __all__ = [
     "Prices",
     "RankPlacement",
     "RankProgram",
+    "RequestTrace",
     "SamplingParams",
     "TokenLogprob",
     "TokenOutput",

@@ -72,6 +72,10 @@ _OPTIONAL: dict[str, _Rule] = {
         "null or a number of seconds, 0 or more",
         lambda v: v is None or (_number(v) and v >= 0),
     ),
+    "traceparent": (
+        "a text of at most 128 characters",
+        lambda v: isinstance(v, str) and len(v) <= 128,
+    ),
 }
 _SAMPLING: dict[str, _Rule] = {
     "max_tokens": ("an integer, 0 or more", _count),
@@ -94,8 +98,8 @@ _SAMPLING: dict[str, _Rule] = {
 
 
 def check_request(msg: Mapping[str, Any]) -> None:
-    """Checks the wire form of a `GenerationRequest`. Its weight, priority and timeout may be
-    missing, and any field of `sampling`.
+    """Checks the wire form of a `GenerationRequest`. Fields of `sampling` may be missing, and what
+    is optional.
 
     Raises:
         ValueError: a field is missing, unknown or not what it must be; the message names it.
@@ -103,7 +107,7 @@ def check_request(msg: Mapping[str, Any]) -> None:
     missing = _REQUEST.keys() - msg.keys()
     if missing:
         raise ValueError(f"{min(missing)!r} is missing")
-    _check(msg, _REQUEST | _OPTIONAL, "")
+    _check(msg, {**_REQUEST, **_OPTIONAL}, "")
     _check(msg["sampling"], _SAMPLING, "sampling.")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from .host_state import HostState
 from .kv_blocks import BlockHash, first_hash, next_hash
 from .request import GenerationRequest, TokenLogprob
+from .request_times import RequestTimes
 
 
 @dataclass(eq=False)
@@ -40,6 +41,7 @@ class Sequence:
     deadline: float | None = None  # by which it is to begin, seconds of the engine's clock
     prompt_logprobs: list[TokenLogprob | None] | None = None
     host: HostState | None = None  # of requests whose sampling says `host_state`
+    times: RequestTimes = field(default_factory=RequestTimes)
 
     def __post_init__(self) -> None:
         self.owner = self.adapter_key or f"{self.request.tenant_id}/base"
