@@ -29,7 +29,7 @@ from itertools import count, product
 from pathlib import Path
 
 from loraplex.adapter_store import DenseEntry, ExpertEntry, PackLayer
-from loraplex.workers import EngineConfig, ModelConfig
+from loraplex.workers import ModelConfig
 from loraplex.workers.pool.pool_account import Layouts, PoolAccount
 from loraplex.workers.pool.pool_blocks import PoolBlocks
 from loraplex.workers.shard import Shard
@@ -38,7 +38,7 @@ GIB = 1 << 30
 ITEMSIZE = 2  # bfloat16
 RANKS = (8, 16, 32)
 RANK_MULTIPLE = 8  # as on a GPU
-OVERTAKE = EngineConfig.overtake_limit
+OVERTAKE = 8  # an engine's slack is counted in work: a few requests' worth
 MODEL = ModelConfig(
     model_type="qwen3_moe",
     vocab_size=151936,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import zlib
 from array import array
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -111,20 +112,27 @@ class Dispatcher:
         were too many failures, "no_group" when no group can be reached. Closing the generator
         (or cancelling its task) ends the work on the group.
         """
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         progress = _Progress(request)
         refused: set[str] = set()
         failures = engine_failures = 0
         patience_s = self._limits.patience_s
         error = _error(request, "no_group", "no worker group can be reached; try again later")
         while True:
-            connection = await self._pick(request, refused, patience_s)
+            left_s = progress.left_s(loop.time() - began)
+            connection = await self._pick(request, refused, min(patience_s, left_s))
+            left_s = progress.left_s(loop.time() - began)
+            if left_s <= 0:
+                yield _error(request, "deadline_exceeded", _LATE.format(request.timeout_s))
+                return
             if connection is None:
                 self._on_event("no_group", "")
                 yield error
                 return
             stream: GroupStream | None = None
             try:
-                stream = connection.open(progress.request())
+                stream = connection.open(progress.request(left_s))
                 while True:
                     output = await stream.next()
                     if output.error_code in _RETRIED:
@@ -236,6 +244,7 @@ class Dispatcher:
                 connection.start()
 
 
+_LATE = "no worker group was found within the request's queue_timeout of {:g} s; try again later"
 _RETRIED = _REFUSALS | {"group_failed", "engine_failed"}
 
 
@@ -265,14 +274,22 @@ class _Progress:
         self._begun = True
         self._tokens += output.token_ids
 
-    def request(self) -> GenerationRequest:
-        """The request to send now."""
+    def left_s(self, waited_s: float) -> float:
+        """Until it has to be begun, so long after it came."""
+        timeout_s = self._request.timeout_s
+        return math.inf if timeout_s is None or self._begun else timeout_s - waited_s
+
+    def request(self, left_s: float) -> GenerationRequest:
+        """The request to send now, to be begun within `left_s`."""
         if not self._begun:
-            return self._request
+            timeout_s = None if math.isinf(left_s) else left_s
+            return replace(self._request, timeout_s=timeout_s)
         self._continued = True
         # Prompt logprobs came with the first output.
         sampling = replace(self._request.sampling, prompt_logprobs=None)
-        return replace(self._request, output_ids=tuple(self._tokens), sampling=sampling)
+        return replace(
+            self._request, output_ids=tuple(self._tokens), sampling=sampling, timeout_s=None
+        )
 
 
 def _prompt_hash(prompt_ids: tuple[int, ...]) -> int:

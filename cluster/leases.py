@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,8 +14,8 @@ from .limiter import Ask, Lease, Limiter, Rates
 
 logger = logging.getLogger(__name__)
 
-CHUNK_SHARE = 0.05  # of a minute's budget, leased at once
-KEEP_S = 5.0  # an unused chunk goes back after this
+KEEP_S = 5.0  # what is held and not used goes back after this
+RETURN_S = 0.25  # what is over the share that may be held goes back after this
 
 
 class RemoteLimiter(Protocol):
@@ -44,6 +45,8 @@ class _Purse:
     lock: asyncio.Lock
     requests: int = 0
     tokens: int = 0
+    hold_requests: int = 0  # that it may keep
+    hold_tokens: int = 0
     requests_left: int | None = None  # of the actor's buckets, when last heard
     tokens_left: int | None = None
     used: float = 0.0
@@ -51,6 +54,10 @@ class _Purse:
 
 class LocalLeases:
     """Spends leased budget, and leases more when it runs out.
+
+    All gateways together hold at most HELD_SHARE of a minute's budget (see `limiter`), and what
+    their requests gave back in the last RETURN_S: by no more do their grants differ from those of
+    one bucket. A gateway that dies takes what it held with it.
 
     With the limiter actor away, each gateway goes on with buckets of its own at the full rates:
     tenants are served, and together get at most their rate times the number of gateways.
@@ -65,6 +72,7 @@ class LocalLeases:
         self._clock = clock
         self._purses: dict[str, _Purse] = {}
         self._fallback = Limiter(clock)
+        self._name = uuid.uuid4().hex
         self._warned = False
 
     async def acquire(self, tenant_id: str, rates: Rates, requests: int, tokens: int) -> Grant:
@@ -75,14 +83,13 @@ class LocalLeases:
             rates.tokens_per_minute or math.inf
         ):
             return Grant(math.inf)
-        purse = self._purses.get(tenant_id)
-        if purse is None:
-            purse = self._purses[tenant_id] = _Purse(asyncio.Lock())
+        purse = self._purse(tenant_id)
         async with purse.lock:  # one question to the actor at a time, for each tenant
             purse.used = self._clock()
             if not self._covers(purse, rates, requests, tokens):
                 lease = await self._lease(tenant_id, purse, rates, requests, tokens)
                 purse.requests_left, purse.tokens_left = lease.requests_left, lease.tokens_left
+                purse.hold_requests, purse.hold_tokens = lease.hold_requests, lease.hold_tokens
                 if lease.wait_s > 0:
                     return Grant(lease.wait_s, lease.requests_left, lease.tokens_left)
                 purse.requests += lease.requests or 0
@@ -99,29 +106,47 @@ class LocalLeases:
 
     def settle(self, tenant_id: str, unused_tokens: int) -> None:
         """Puts back what a request reserved and didn't use; negative: it used more."""
-        if (purse := self._purses.get(tenant_id)) is not None:
-            purse.tokens += unused_tokens
+        self._purse(tenant_id).tokens += unused_tokens
 
     async def sweep(self) -> None:
-        """Returns budget that nobody has asked for lately; to be called every few seconds."""
+        """Returns what is over the share, what wasn't used lately, and debts; to be called every
+        RETURN_S."""
         now = self._clock()
+        returned = []
         for tenant_id, purse in list(self._purses.items()):
-            if now - purse.used < KEEP_S or purse.lock.locked():
+            if purse.lock.locked():
                 continue
-            async with purse.lock:
-                await self._empty(tenant_id, purse)
-                if not purse.requests and not purse.tokens:
-                    self._purses.pop(tenant_id, None)
+            idle = now - purse.used >= KEEP_S
+            requests, tokens = purse.requests, purse.tokens
+            if not idle:
+                requests = max(0, requests - purse.hold_requests)
+                tokens = min(tokens, max(0, tokens - purse.hold_tokens))  # all of a debt
+            if requests or tokens:
+                purse.requests -= requests
+                purse.tokens -= tokens
+                returned.append(self._give_back(tenant_id, requests, tokens))
+            elif idle:
+                del self._purses[tenant_id]
+        await asyncio.gather(*returned)
 
     async def run(self) -> None:
         """Sweeps until cancelled; then gives everything back."""
         try:
             while True:
-                await asyncio.sleep(KEEP_S)
+                await asyncio.sleep(RETURN_S)
                 await self.sweep()
         finally:
-            for tenant_id, purse in list(self._purses.items()):
-                await self._empty(tenant_id, purse)
+            purses, self._purses = self._purses, {}
+            held = {t: p for t, p in purses.items() if p.requests or p.tokens}
+            await asyncio.gather(
+                *(self._give_back(t, p.requests, p.tokens) for t, p in held.items())
+            )
+
+    def _purse(self, tenant_id: str) -> _Purse:
+        purse = self._purses.get(tenant_id)
+        if purse is None:
+            purse = self._purses[tenant_id] = _Purse(asyncio.Lock(), used=self._clock())
+        return purse
 
     @staticmethod
     def _covers(purse: _Purse, rates: Rates, requests: int, tokens: int) -> bool:
@@ -139,8 +164,7 @@ class LocalLeases:
         ask = Ask(
             max(0, requests - purse.requests) if rates.requests_per_minute is not None else 0,
             max(0, tokens - purse.tokens) if rates.tokens_per_minute is not None else 0,
-            int(CHUNK_SHARE * (rates.requests_per_minute or 0)),
-            int(CHUNK_SHARE * (rates.tokens_per_minute or 0)),
+            self._name,
         )
         try:
             lease = await self._remote.lease(tenant_id, rates, ask)
@@ -151,13 +175,6 @@ class LocalLeases:
                 logger.warning("the limiter can't be reached, limits are kept here: %r", error)
                 self._warned = True
             return self._fallback.lease(tenant_id, rates, ask)
-
-    async def _empty(self, tenant_id: str, purse: _Purse) -> None:
-        requests, tokens = purse.requests, purse.tokens
-        if not requests and not tokens:
-            return
-        purse.requests = purse.tokens = 0
-        await self._give_back(tenant_id, requests, tokens)
 
     async def _give_back(self, tenant_id: str, requests: int, tokens: int) -> None:
         try:

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 MINUTE_S = 60.0
 IDLE_S = 3600.0  # a tenant's full buckets are forgotten after this
+# Of a minute's budget, what all gateways together may hold unspent: so much they may grant beyond
+# the rate in some minute, and so much one may refuse although another still holds it.
+HELD_SHARE = 0.05
+HOLD_S = 12.0  # a gateway that hasn't leased for so long has given back what it held
 
 
 @dataclass(frozen=True)
@@ -74,20 +78,21 @@ class TokenBucket:
 
 @dataclass(frozen=True)
 class Ask:
-    """What a gateway wants to lease: what it needs now, and more to come if it is to be had."""
+    """What a gateway needs now. `holder` is the gateway's own name, and no other's."""
 
     requests: int
     tokens: int
-    extra_requests: int = 0
-    extra_tokens: int = 0
+    holder: str
 
 
 @dataclass(frozen=True)
 class Lease:
-    """What a gateway may spend without asking again; all zero when `wait_s` is above zero.
+    """What a gateway may spend without asking again: what it needs, and some to hold.
 
-    `requests` and `tokens` are None where the tenant has no such limit. `requests_left` and
-    `tokens_left` are what the buckets hold after the lease.
+    `requests` and `tokens` are None where the tenant has no such limit, and nothing was taken where
+    `wait_s` is above zero. `requests_left` and `tokens_left` are what the buckets hold after the
+    lease. What a gateway holds of either beyond `hold_requests` and `hold_tokens` it is to give
+    back at once, and the rest when it isn't used for some seconds.
     """
 
     wait_s: float = 0.0
@@ -95,6 +100,8 @@ class Lease:
     tokens: int | None = None
     requests_left: int | None = None
     tokens_left: int | None = None
+    hold_requests: int = 0
+    hold_tokens: int = 0
 
 
 class Limiter:
@@ -109,9 +116,11 @@ class Limiter:
         self._requests: dict[str, TokenBucket] = {}
         self._tokens: dict[str, TokenBucket] = {}
         self._used: dict[str, float] = {}  # tenant -> last use, oldest first
+        # tenant -> gateway -> when it leased last, and the share of a minute that it may hold
+        self._holds: dict[str, dict[str, tuple[float, float]]] = {}
 
     def lease(self, tenant_id: str, rates: Rates, ask: Ask) -> Lease:
-        """Takes what is needed, and up to the extra amounts if the buckets hold them.
+        """Takes what is needed, and what the gateway may hold if the buckets have it.
 
         Returns:
             The lease, or one with `wait_s` above zero and nothing taken.
@@ -124,15 +133,21 @@ class Limiter:
             by_request.wait(ask.requests, now) if by_request else 0.0,
             by_token.wait(ask.tokens, now) if by_token else 0.0,
         )
-        if wait_s > 0:
-            return Lease(
-                wait_s, requests_left=_left(by_request, now), tokens_left=_left(by_token, now)
-            )
+        share = self._share(tenant_id, ask.holder, now)
+        hold_requests = int(share * (rates.requests_per_minute or 0))
+        hold_tokens = int(share * (rates.tokens_per_minute or 0))
+        requests = tokens = None
+        if wait_s == 0:
+            requests = _take(by_request, ask.requests, hold_requests, now)
+            tokens = _take(by_token, ask.tokens, hold_tokens, now)
         return Lease(
-            requests=_take(by_request, ask.requests, ask.extra_requests, now),
-            tokens=_take(by_token, ask.tokens, ask.extra_tokens, now),
+            wait_s,
+            requests,
+            tokens,
             requests_left=_left(by_request, now),
             tokens_left=_left(by_token, now),
+            hold_requests=hold_requests,
+            hold_tokens=hold_tokens,
         )
 
     def give_back(self, tenant_id: str, requests: int, tokens: int) -> None:
@@ -142,6 +157,20 @@ class Limiter:
             if (bucket := buckets.get(tenant_id)) is not None:
                 bucket.give(amount, now)
 
+    def _share(self, tenant_id: str, holder: str, now: float) -> float:
+        """Of a minute's budget, what a gateway may hold: half of what others leave of HELD_SHARE.
+
+        So there is some for a newcomer at once, and n busy ones come to HELD_SHARE / (n + 1) each.
+        """
+        holds = self._holds.setdefault(tenant_id, {})
+        holds.pop(holder, None)
+        for other, (seen, _) in list(holds.items()):
+            if now - seen > HOLD_S:
+                del holds[other]
+        share = max(0.0, HELD_SHARE - sum(share for _, share in holds.values())) / 2
+        holds[holder] = now, share
+        return share
+
     def _touch(self, tenant_id: str, now: float) -> None:
         self._used.pop(tenant_id, None)
         self._used[tenant_id] = now
@@ -149,6 +178,7 @@ class Limiter:
             del self._used[oldest]
             self._requests.pop(oldest, None)
             self._tokens.pop(oldest, None)
+            self._holds.pop(oldest, None)
 
 
 def _bucket(

@@ -107,6 +107,8 @@ def rank_program(settings: Settings, base: BaseModel, threads: int) -> RankProgr
         kv_tokens=settings.group_kv_tokens,
         max_batch_tokens=settings.max_batch_tokens,
         max_running=settings.max_running,
+        overtake_slack=settings.overtake_slack,
+        step_adapter_bytes=settings.step_adapter_bytes,
         pool_bytes=settings.rank_pool_bytes,
         memory_fraction=settings.memory_fraction,
         adapter_fraction=settings.adapter_fraction,

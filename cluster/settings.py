@@ -128,6 +128,12 @@ class Settings(BaseSettings):
     )
     max_batch_tokens: int = Field(2048, ge=16, description="tokens in one engine step")
     max_running: int = Field(64, ge=1, description="sequences decoded together in a group")
+    step_adapter_bytes: ByteSize | None = Field(
+        None, ge=1, description="distinct adapters of the running sequences; none: all of the pool"
+    )
+    overtake_slack: float = Field(
+        8192.0, ge=0, description="work, in input tokens, that may pass a request without pool room"
+    )
     step_timeout_s: float = Field(
         30.0, ge=1, description="a group whose engine step takes longer counts as hung and restarts"
     )

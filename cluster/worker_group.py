@@ -65,7 +65,7 @@ class WorkerGroupConfig:
     host: str = "127.0.0.1"
     metrics_host: str = "127.0.0.1"
     metrics_token: str | None = field(default=None, repr=False)
-    max_open: int = 256
+    max_open: int = 512
     start_timeout_s: float = 600.0
     step_timeout_s: float = 30.0
     drain_timeout_s: float = 30.0

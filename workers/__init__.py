@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         WireError,
         WorkerError,
     )
+    from .fair_queue import FairQueue
+    from .fairness import Prices, VirtualTokenCounter
     from .front.group_front import FrontConfig, GroupFront
     from .front.traces import RequestTrace
     from .group import GroupRanks, RankPlacement
@@ -56,6 +58,7 @@ _HOME = {
     "EngineLike": "engine_process",
     "EngineReport": "report",
     "ErrorCode": "request",
+    "FairQueue": "fair_queue",
     "FinishReason": "request",
     "Frame": "wire",
     "FrameProtocol": "channels",
@@ -76,12 +79,14 @@ _HOME = {
     "Pace": "pace",
     "PackSource": "pool.packs",
     "PoolFull": "errors",
+    "Prices": "fairness",
     "RankPlacement": "group",
     "RankProgram": "engine_process",
     "RequestTrace": "front.traces",
     "SamplingParams": "request",
     "TokenLogprob": "request",
     "TokenOutput": "request",
+    "VirtualTokenCounter": "fairness",
     "WireAuthError": "errors",
     "WireError": "errors",
     "WorkerError": "errors",
@@ -102,6 +107,7 @@ __all__ = [
     "EngineLike",
     "EngineReport",
     "ErrorCode",
+    "FairQueue",
     "FinishReason",
     "Frame",
     "FrameProtocol",
@@ -120,12 +126,14 @@ __all__ = [
     "Pace",
     "PackSource",
     "PoolFull",
+    "Prices",
     "RankPlacement",
     "RankProgram",
     "RequestTrace",
     "SamplingParams",
     "TokenLogprob",
     "TokenOutput",
+    "VirtualTokenCounter",
     "WireAuthError",
     "WireError",
     "WorkerError",

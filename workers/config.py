@@ -199,7 +199,12 @@ class EngineConfig:
     max_lora_rank: int = 64  # on a GPU, whose kernels set aside room for it; 256 at most
     base_fingerprint: str | None = None  # packs made for another base are refused
     load_threads: int = 16
-    overtake_limit: int = 8  # requests that may pass one that waits for room in the pool
+    # While a request waits for room in the pool, others start until work of this price was done
+    # (`fairness.Prices`): some 64 steps of 64 decoding sequences. As much is the credit of a tenant
+    # that used less than its share before.
+    overtake_slack: float = 8192.0
+    # Most that the distinct adapters of the running sequences take; None: what the pool holds.
+    step_adapter_bytes: int | None = None
     torch_threads: int = 0  # 0: leave torch's default
     # Launch a step before the tokens of the one before it are read. None: on GPUs.
     overlap: bool | None = None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from .comm import Comm
 from .config import EngineConfig
 from .engine_account import EngineAccount
-from .errors import AdapterTooLarge, GrammarInvalid
+from .errors import AdapterTooLarge, DeadlinePassed, GrammarInvalid
 from .flight import StepResult, launch
 from .host_state import HostState
 from .kv_blocks import KVBlocks
@@ -26,7 +26,7 @@ from .pace import Pace
 from .planning import Plan, plan_step
 from .pool.packs import PackFetcher, PackSource
 from .pool.residency import Residency
-from .report import EngineReport
+from .report import REPORTED_TENANTS, EngineReport
 from .request import AdapterRef, ErrorCode, FinishReason, GenerationRequest, TokenOutput
 from .sampling.grammar import Grammars
 from .scheduler import Refusal, Scheduler
@@ -79,7 +79,8 @@ class Engine:
             self._residency,
             config.max_batch_tokens,
             config.max_running,
-            config.overtake_limit,
+            config.overtake_slack,
+            config.step_adapter_bytes,
         )
         model = config.model
         self._grammars = Grammars(config.model_path, model.vocab_size, model.eos_token_ids)
@@ -107,15 +108,17 @@ class Engine:
             return
         grammar = request.sampling.grammar
         compiling = None if grammar is None else self._grammars.compiling(grammar)
+        now = time.monotonic()
         if compiling is None:
-            self._accept(request)
+            self._accept(request, now)
         else:
-            deadline = time.monotonic() + _COMPILE_S
-            self._compiling[request.request_id] = request, compiling, deadline
+            self._compiling[request.request_id] = request, compiling, now + _COMPILE_S
 
-    def _accept(self, request: GenerationRequest) -> None:
+    def _accept(self, request: GenerationRequest, submitted: float) -> None:
         limit = len(request.prompt_ids) + request.sampling.max_tokens
         seq = Sequence(request, self._arrivals, min(limit, self.config.context_length))
+        if request.timeout_s is not None:
+            seq.deadline = submitted + request.timeout_s
         if request.output_ids and len(seq.tokens) >= seq.limit:
             # A continuation that is whole, or longer than this group's cache can hold.
             self._early.append(TokenOutput(request.request_id, finish_reason="length"))
@@ -141,9 +144,7 @@ class Engine:
         seq = self._sequences.pop(request_id, None)
         if seq is not None:
             self._scheduler.remove(seq)
-            key = seq.adapter_key
-            if key and all(other.adapter_key != key for other in self._sequences.values()):
-                self._residency.give_up(key)
+            self._give_up_adapter(seq)
 
     def has_work(self) -> bool:
         return bool(
@@ -177,7 +178,7 @@ class Engine:
                 continue
             del self._compiling[request_id]
             if compiling.done():
-                self._accept(request)
+                self._accept(request, deadline - _COMPILE_S)
             else:
                 compiling.cancel()
                 text = f"the grammar takes more than {_COMPILE_S:.0f} s to compile; make it simpler"
@@ -236,6 +237,9 @@ class Engine:
         r.wait_s = self._pace.wait_s(s.prompt_tokens_pending(), r.queued, free_rows)
         r.kv_blocks_total, r.kv_blocks_used = self._kv.total, self._kv.used
         r.preemptions, r.prefix_hit_tokens = s.preemptions, s.prefix_hit_tokens
+        waiting = s.waiting.by_tenant()
+        r.tenant_leads = s.vtc.leads(waiting, REPORTED_TENANTS)
+        r.tenants_waiting = {t: waiting.get(t, 0) for t in r.tenant_leads}
         r.pool_bytes_total = self._runner.pool.total_bytes
         r.pool_bytes_used = self._runner.pool.used_bytes
         r.gpu, r.disk, r.loading = res.resident(), self._packs.resident(), res.loading
@@ -275,12 +279,24 @@ class Engine:
         return None
 
     def _refuse(self, refusal: Refusal) -> TokenOutput:
-        request = refusal.seq.request
+        seq = refusal.seq
+        request = seq.request
         log.warning("request refused: %s", refusal.error, extra=request.log_fields)
         del self._sequences[request.request_id]
-        too_large = isinstance(refusal.error, AdapterTooLarge)
-        code = "adapter_too_large" if too_large else "adapter_load_failed"
-        return _failed(refusal.seq.request.request_id, code, str(refusal.error))
+        code: ErrorCode = "adapter_load_failed"
+        if isinstance(refusal.error, AdapterTooLarge):
+            code = "adapter_too_large"
+        elif isinstance(refusal.error, DeadlinePassed):
+            code = "deadline_exceeded"
+            self._give_up_adapter(seq)
+        return _failed(request.request_id, code, str(refusal.error))
+
+    def _give_up_adapter(self, gone: Sequence) -> None:
+        """A request has gone without its adapter: nothing comes for it any more, unless others
+        wait for it too."""
+        key = gone.adapter_key
+        if key and all(other.adapter_key != key for other in self._sequences.values()):
+            self._residency.give_up(key)
 
     def _launch(self, before: _Flight | None) -> tuple[_Flight | None, list[TokenOutput]]:
         """Schedules and launches a step, and refuses what can't ever start.
@@ -289,8 +305,8 @@ class Engine:
             before: the step whose sampled ids aren't read yet.
         """
         scheduler = self._scheduler
-        self._account.look(scheduler.waiting, len(scheduler.running), self.config.max_batch_tokens)
-        work, refusals = scheduler.schedule()
+        self._account.look(scheduler.waiting, len(scheduler.running))
+        work, refusals = scheduler.schedule(time.monotonic())
         refused = [self._refuse(r) for r in refusals]
         carried = before.plan.index_of_draws() if before is not None else {}
         changes = self._residency.take_changes()

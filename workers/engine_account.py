@@ -27,7 +27,7 @@ class EngineAccount:
         self._device = device
         self._queue = QueueTime()
 
-    def look(self, waiting: Iterable[Sequence], running: int, max_batch_tokens: int) -> None:
+    def look(self, waiting: Iterable[Sequence], running: int) -> None:
         """To be called before each step is scheduled: books what the queue waits for."""
         now = time.monotonic()
         if not self._queue.due(now):
@@ -35,11 +35,10 @@ class EngineAccount:
         resident, loading = self._residency.resident(), self._residency.loading
 
         def cause(seq: Sequence) -> Cause:
-            first = min(len(seq.tokens), max_batch_tokens)
             return cause_of(
                 resident=seq.adapter_key is None or seq.adapter_key in resident,
                 loading=seq.adapter_key in loading,
-                needed_blocks=-(-first // self._kv.block_size) + running,
+                needed_blocks=-(-len(seq.tokens) // self._kv.block_size) + running,
                 free_blocks=self._kv.free,
             )
 
@@ -54,7 +53,7 @@ class EngineAccount:
         report.step_tokens += sum([w.count for w in plan.work])
         slots = {s.slot for s in plan.step.sequences} - {-1}
         report.step_adapters += len(slots)
-        report.step_adapter_bytes += sum(map(self._residency.bytes_of, slots))
+        report.step_adapter_bytes += sum(self._residency.size(slot)[0] for slot in slots)
 
     def _admitted(self, seq: Sequence) -> None:
         if not seq.times.admitted_s:

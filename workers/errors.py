@@ -21,6 +21,16 @@ class PoolFull(WorkerError):
     """The pool has no room now; something resident must be evicted first."""
 
 
+class DeadlinePassed(WorkerError):
+    """A request was not begun in the time that it gave."""
+
+    def __init__(self, timeout_s: float | None):
+        super().__init__(
+            f"the request was not begun within its queue_timeout of {timeout_s or 0:g} s; "
+            "try again later, or allow more time"
+        )
+
+
 class GrammarInvalid(WorkerError):
     """A grammar can't be compiled, or is larger than is allowed."""
 

@@ -61,7 +61,7 @@ def cause_of(*, resident: bool, loading: bool, needed_blocks: int, free_blocks: 
     Args:
         resident: its adapter is in the pool, or it has none.
         loading: its adapter's pack is on the way to this node.
-        needed_blocks: of the KV cache, for its first step, with what the running ones may take.
+        needed_blocks: of the KV cache, for its tokens so far, with what the running ones may take.
     """
     if not resident:
         return "adapter" if loading else "pool"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+REPORTED_TENANTS = 50
+
 
 @dataclass
 class EngineReport:

@@ -27,6 +27,8 @@ ErrorCode = Literal[
     # its adapter
     "adapter_too_large",
     "adapter_load_failed",
+    # its time
+    "deadline_exceeded",  # it wasn't begun in the time that it gave
     # its group
     "overloaded",
     "draining",
@@ -132,6 +134,10 @@ class GenerationRequest:
 
     `output_ids` holds tokens that an earlier group generated already (a continuation): they
     count against `max_tokens` and are never sent again.
+
+    `weight` is the tenant's share of the compute, relative to others'. Within the tenant, lower
+    `priority` goes first. A request that isn't begun `timeout_s` seconds after the engine has got
+    it is refused with "deadline_exceeded".
     """
 
     request_id: str
@@ -140,6 +146,9 @@ class GenerationRequest:
     tenant_id: str
     adapter: AdapterRef | None = None  # None: the base model
     output_ids: tuple[int, ...] = ()
+    weight: float = 1.0
+    priority: int = 0
+    timeout_s: float | None = None
     traceparent: str | None = None  # W3C trace context; None: nobody traces this request
 
     @property
@@ -158,6 +167,9 @@ class GenerationRequest:
             "tenant": self.tenant_id,
             "adapter": self.adapter.digest if self.adapter else None,
             "output": list(self.output_ids),
+            "weight": self.weight,
+            "priority": self.priority,
+            "timeout": self.timeout_s,
             "sampling": self.sampling.to_wire(),
         }
         if self.traceparent is not None:
@@ -175,6 +187,9 @@ class GenerationRequest:
             tenant_id=msg["tenant"],
             adapter=AdapterRef(msg["tenant"], msg["adapter"]) if msg["adapter"] else None,
             output_ids=tuple(msg["output"]),
+            weight=msg.get("weight", 1.0),
+            priority=msg.get("priority", 0),
+            timeout_s=msg.get("timeout"),
             traceparent=msg.get("traceparent"),
         )
 

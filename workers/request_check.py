@@ -65,6 +65,13 @@ _REQUEST: dict[str, _Rule] = {
     "sampling": ("a map", lambda v: isinstance(v, Mapping)),
 }
 _OPTIONAL: dict[str, _Rule] = {
+    # With one near zero, a tenant's counter would leave no digits for what others are charged.
+    "weight": ("a number from 0.001 to 1000", lambda v: _number(v) and 1e-3 <= v <= 1e3),
+    "priority": ("an integer", _integer),
+    "timeout": (
+        "null or a number of seconds, 0 or more",
+        lambda v: v is None or (_number(v) and v >= 0),
+    ),
     "traceparent": (
         "a text of at most 128 characters",
         lambda v: isinstance(v, str) and len(v) <= 128,
@@ -91,8 +98,8 @@ _SAMPLING: dict[str, _Rule] = {
 
 
 def check_request(msg: Mapping[str, Any]) -> None:
-    """Checks the wire form of a `GenerationRequest`. Fields of `sampling` and a `traceparent` may
-    be missing.
+    """Checks the wire form of a `GenerationRequest`. Fields of `sampling` may be missing, and what
+    is optional.
 
     Raises:
         ValueError: a field is missing, unknown or not what it must be; the message names it.

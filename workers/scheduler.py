@@ -1,8 +1,7 @@
 """Decides what the next step computes: continuous batching with chunked prefill.
 
-First come, first served, with one bounded exception: while a request waits for room in the
-adapter pool, at most `overtake_limit` later ones may start, so that a rare adapter's tenant is
-never starved by a stream of requests for resident ones.
+Who starts, whose prompt goes on and who gives way is decided by what was done for each tenant so
+far: see `fairness` for the counters and their bound, `fair_queue` for the order of what waits.
 """
 
 from __future__ import annotations
@@ -10,7 +9,11 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from .errors import DeadlinePassed
+from .fair_queue import FairQueue
+from .fairness import Prices, VirtualTokenCounter
 from .kv_blocks import KVBlocks
+from .places import Places
 from .pool.residency import Residency, Waiting
 from .sequence import Sequence
 
@@ -41,13 +44,24 @@ class Scheduler:
         residency: Residency,
         max_batch_tokens: int,
         max_running: int,
-        overtake_limit: int,
+        slack: float,
+        step_adapter_bytes: int | None = None,
+        prices: Prices | None = None,
     ):
+        """
+        Args:
+            slack: see `FairQueue`.
+            step_adapter_bytes: of the distinct adapters of the running sequences; one adapter
+                alone may be larger. None: whatever the pool holds.
+        """
         self._kv, self._residency = kv, residency
-        self._max_batch_tokens, self._max_running = max_batch_tokens, max_running
-        self._overtake_limit = overtake_limit
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest first
+        self._max_batch_tokens = max_batch_tokens
+        self._places = Places(max_running)
+        self._step_adapter_bytes = step_adapter_bytes
+        self._prices = prices or Prices()
+        self.vtc = VirtualTokenCounter(slack)
+        self.waiting: FairQueue[Sequence] = FairQueue(self.vtc, slack)
+        self.running: list[Sequence] = []  # in the order of their admission
         self.preemptions = 0
         self.prefix_hit_tokens = 0
 
@@ -55,7 +69,7 @@ class Scheduler:
         """Queues a sequence; its adapter starts moving to this node at once."""
         if seq.request.adapter is not None:
             self._residency.want(seq.request.adapter)
-        self.waiting.append(seq)
+        self._queue(seq)
 
     def remove(self, seq: Sequence) -> None:
         """Takes a finished, failed or aborted sequence out.
@@ -66,7 +80,7 @@ class Scheduler:
         if seq.slot is None:
             self.waiting.remove(seq)
             return
-        self.running.remove(seq)
+        self._stop(seq)
         if seq.flights == 0:
             self._free(seq)
 
@@ -79,30 +93,26 @@ class Scheduler:
 
         It must not be called then while a launched step still writes to them.
         """
-        budget, needed = self._max_batch_tokens, 0
-        for seq in self._decodes_first():
-            count = min(seq.pending, budget)
-            needed += self._missing_blocks(seq, count)
-            budget -= count
-        return needed > self._kv.free
+        decodes = self._decodes()[: self._max_batch_tokens]
+        return sum(self._missing_blocks(seq, 1) for seq in decodes) > self._kv.free
 
-    def schedule(self) -> tuple[list[Scheduled], list[Refusal]]:
-        """Picks the next step's work; admits, and preempts when KV blocks run out."""
-        budget = self._max_batch_tokens
+    def schedule(self, now: float) -> tuple[list[Scheduled], list[Refusal]]:
+        """Picks the next step's work; admits, and preempts when KV blocks run out.
+
+        Args:
+            now: of the clock of the sequences' deadlines, seconds.
+        """
+        refusals = self._expired(now)
+        # Tokens that users wait for come first: a long prompt must not delay them.
+        decodes = self._decodes()
         work: list[Scheduled] = []
-        for seq in self._decodes_first():
-            if budget == 0:
-                break
-            if seq.slot is None:
-                continue  # preempted a moment ago
-            count = min(seq.pending, budget)
-            if self._reserve(seq, count):
-                work.append(Scheduled(seq, seq.computed, count))
-                budget -= count
+        for seq in decodes[: self._max_batch_tokens]:
+            if seq.slot is not None and self._reserve(seq):  # else preempted a moment ago
+                work.append(Scheduled(seq, seq.computed, 1))
         work = [w for w in work if w.seq.slot is not None]
-        budget = self._max_batch_tokens - sum(w.count for w in work)
-        refusals: list[Refusal] = []
-        self._admit(budget, work, refusals)
+        for w in work:
+            self._charge(w)
+        self._fill(self._max_batch_tokens - len(work), work, refusals)
         return work, refusals
 
     def launched(self, w: Scheduled) -> None:
@@ -126,48 +136,128 @@ class Scheduler:
         for i in range(first, full):
             self._kv.publish(seq.blocks[i], seq.hashes[i], seq.owner)
 
-    def _decodes_first(self) -> list[Sequence]:
-        """Running sequences that have something to compute: a long prompt must not delay tokens
-        that users wait for."""
-        active = [s for s in self.running if not s.ending]
-        return [s for s in active if s.pending == 1] + [s for s in active if s.pending != 1]
+    def _queue(self, seq: Sequence) -> None:
+        r = seq.request
+        self.waiting.add(seq, r.tenant_id, seq.arrival, r.priority, seq.deadline)
 
-    def _admit(self, budget: int, work: list[Scheduled], refusals: list[Refusal]) -> None:
-        blocked: Sequence | None = None  # the oldest that waits for room in the pool
-        for seq in list(self.waiting):
-            if budget == 0 or len(self.running) >= self._max_running:
-                return
-            if blocked is not None and blocked.overtaken >= self._overtake_limit:
-                return
-            try:
-                slot, tier = self._acquire(seq, min(seq.pending, budget))
-            except Waiting as wait:
-                if wait.for_room and blocked is None:
-                    blocked = seq
-                continue
-            except Exception as error:
-                self.waiting.remove(seq)
-                refusals.append(Refusal(seq, error))
-                continue
-            seq.slot = slot
-            if seq.tier is None:
-                seq.tier = tier
-            self._match_prefix(seq)
-            count = min(seq.pending, budget)
-            if not self._take_blocks(seq, count, spare=len(self.running)):
-                # No KV space: nobody younger gets it either.
+    def _expired(self, now: float) -> list[Refusal]:
+        """Takes out what should have begun by now; what was begun once may end."""
+        late = [
+            seq
+            for seq in self.waiting
+            if seq.deadline is not None and seq.deadline <= now and seq.cached_tokens is None
+        ]
+        for seq in late:
+            self.remove(seq)
+        return [Refusal(seq, DeadlinePassed(seq.request.timeout_s)) for seq in late]
+
+    def _decodes(self) -> list[Sequence]:
+        return [s for s in self.running if s.pending == 1 and not s.ending]
+
+    def _prefills(self) -> deque[Sequence]:
+        """Running sequences with a prompt to go on with, least served tenant first."""
+        prefills = [s for s in self.running if s.pending > 1 and not s.ending]
+        return deque(sorted(prefills, key=lambda s: self.vtc.counter(s.request.tenant_id)))
+
+    def _fill(self, budget: int, work: list[Scheduled], refusals: list[Refusal]) -> None:
+        """Spends what is left of the step on prompts: begun ones and new ones, by counter."""
+
+        def take(seq: Sequence) -> None:
+            nonlocal budget
+            w = Scheduled(seq, seq.computed, min(seq.pending, budget))
+            work.append(w)
+            self._charge(w)
+            budget -= w.count
+
+        prefills = self._prefills()
+        if budget > 0 and self._places.free > 0:
+            for seq in self.waiting.candidates():
+                while prefills and budget > 0 and not self._before(seq, prefills[0]):
+                    take(prefills.popleft())
+                if budget == 0 or self._places.free == 0:
+                    break
+                if not self._places.open_to(seq.request.tenant_id):
+                    self.waiting.pass_over(seq)
+                    continue
+                try:
+                    if not self._admit(seq, min(seq.pending, budget)):
+                        break
+                except Waiting as wait:
+                    (self.waiting.block if wait.for_room else self.waiting.park)(seq)
+                except Exception as error:
+                    self.waiting.remove(seq)
+                    refusals.append(Refusal(seq, error))
+                else:
+                    take(seq)
+        while prefills and budget > 0:
+            take(prefills.popleft())
+
+    def _before(self, waiting: Sequence, begun: Sequence) -> bool:
+        order = self.vtc.order
+        return order(waiting.request.tenant_id) < order(begun.request.tenant_id)
+
+    def _admit(self, seq: Sequence, tokens: int) -> bool:
+        """Starts a waiting sequence, which then holds its slot and blocks for all its tokens.
+
+        Args:
+            tokens: that this step would compute of it.
+
+        Returns:
+            False: there aren't blocks enough, so nobody that comes after it gets them either.
+
+        Raises:
+            Waiting, or what the adapter's load raised.
+        """
+        slot, tier = self._acquire(seq, tokens)
+        self.waiting.ready(seq)
+        seq.slot = slot
+        if slot >= 0:
+            nbytes, seq.rank = self._residency.size(slot)
+            if tier != "gpu":
+                self._pay(seq, self._prices.load(nbytes))
+            if self._step_is_full(slot, nbytes):
                 self._free(seq)
-                return
-            if seq.cached_tokens is None:
-                # Once: later, after a preemption, it may find what it has computed itself.
-                seq.cached_tokens = min(seq.computed, len(seq.request.prompt_ids))
-                self.prefix_hit_tokens += seq.cached_tokens
-            self.waiting.remove(seq)
-            self.running.append(seq)
-            work.append(Scheduled(seq, seq.computed, count))
-            budget -= count
-            if blocked is not None:
-                blocked.overtaken += 1
+                raise Waiting(for_room=True)
+        if seq.tier is None:
+            seq.tier = tier
+        self._match_prefix(seq)
+        # All blocks at once: a prompt that had to stop half-way for lack of them, and to take
+        # them from others that then take them back, would be computed again and again.
+        if not self._take_blocks(seq, seq.pending, spare=len(self.running)):
+            self._free(seq)
+            return False
+        if seq.cached_tokens is None:
+            # Once: later, after a preemption, it may find what it has computed itself.
+            seq.cached_tokens = min(seq.computed, len(seq.request.prompt_ids))
+            self.prefix_hit_tokens += seq.cached_tokens
+        self.waiting.admit(seq)
+        self._places.take(seq.request.tenant_id)
+        self.running.append(seq)
+        return True
+
+    def _step_is_full(self, slot: int, nbytes: int) -> bool:
+        """Whether a step may not hold this adapter beside those that run."""
+        if self._step_adapter_bytes is None:
+            return False
+        others = {s.slot for s in self.running} - {-1, None}
+        if not others or slot in others:
+            return False
+        held = sum(self._residency.size(s)[0] for s in others if s is not None)
+        return held + nbytes > self._step_adapter_bytes
+
+    def _charge(self, w: Scheduled) -> None:
+        """Of a share of a step, what its tenant hasn't paid for yet: neither tokens computed again
+        after a preemption, nor what another group did for a continuation."""
+        seq, end = w.seq, w.start + w.count
+        prompt = len(seq.request.prompt_ids)
+        inputs = max(0, min(end, prompt) - max(w.start, seq.paid))
+        outputs = 1 if end == seq.length >= seq.paid else 0  # the token that it draws
+        if inputs or outputs:
+            self._pay(seq, self._prices.tokens(inputs, outputs, seq.rank))
+        seq.paid = max(seq.paid, end + outputs)
+
+    def _pay(self, seq: Sequence, price: float) -> None:
+        self.vtc.charge(seq.request.tenant_id, price, seq.request.weight)
 
     def _acquire(self, seq: Sequence, tokens: int) -> tuple[int, str]:
         if seq.request.adapter is None:
@@ -195,22 +285,31 @@ class Scheduler:
     def _missing_blocks(self, seq: Sequence, count: int) -> int:
         return -(-(seq.computed + count) // self._kv.block_size) - len(seq.blocks)
 
-    def _reserve(self, seq: Sequence, count: int) -> bool:
-        """Blocks for a running sequence; younger ones give theirs up when there are none."""
-        while not self._take_blocks(seq, count, spare=0):
-            victim = self.running[-1]
+    def _reserve(self, seq: Sequence) -> bool:
+        """A block for a running sequence's next token; others give theirs up when there is none."""
+        while not self._take_blocks(seq, 1, spare=0):
+            victim = max(self.running, key=self._dispensable)
             self._preempt(victim)
             if victim is seq:
                 return False
         return True
 
+    def _dispensable(self, seq: Sequence) -> tuple[float, int, int]:
+        """The tenant that is furthest ahead gives way with its least urgent, youngest request."""
+        r = seq.request
+        return self.vtc.counter(r.tenant_id), r.priority, seq.arrival
+
     def _preempt(self, seq: Sequence) -> None:
-        """Back to the head of the queue; what it had computed will be computed again."""
+        """Back to the queue; what it had computed will be computed again."""
         assert seq.flights == 0, "a launched step still writes to the blocks"
-        self.running.remove(seq)
+        self._stop(seq)
         self._free(seq)
-        self.waiting.appendleft(seq)
+        self._queue(seq)
         self.preemptions += 1
+
+    def _stop(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._places.give(seq.request.tenant_id)
 
     def _free(self, seq: Sequence) -> None:
         self._kv.release(seq.blocks)

@@ -36,7 +36,9 @@ class Sequence:
     tier: str | None = None
     started: bool = False  # an output was sent
     cached_tokens: int | None = None  # of the prompt, found when it was admitted first
-    overtaken: int = 0  # requests admitted before this one while it waited for pool room
+    rank: int = 0  # of its adapter, known once it is admitted
+    paid: int = field(init=False)  # tokens that its tenant was charged for, of `tokens`
+    deadline: float | None = None  # by which it is to begin, seconds of the engine's clock
     prompt_logprobs: list[TokenLogprob | None] | None = None
     host: HostState | None = None  # of requests whose sampling says `host_state`
     times: RequestTimes = field(default_factory=RequestTimes)
@@ -44,6 +46,8 @@ class Sequence:
     def __post_init__(self) -> None:
         self.owner = self.adapter_key or f"{self.request.tenant_id}/base"
         self.tokens = [*self.request.prompt_ids, *self.request.output_ids]
+        # A continuation's prompt and outputs were charged by the group that had it before.
+        self.paid = len(self.tokens) if self.request.output_ids else 0
         if self.request.sampling.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
 

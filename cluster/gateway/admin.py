@@ -32,7 +32,7 @@ class LimitsBody(BaseModel):
     tokens_per_minute: StrictInt | None = Field(None, ge=1, le=MAX_LIMIT)
     max_adapters: StrictInt | None = Field(None, ge=0, le=MAX_LIMIT)
     max_bytes: StrictInt | None = Field(None, ge=0, le=MAX_LIMIT, description="of all packs")
-    weight: float = Field(1.0, gt=0, le=1000, description="share of the compute")
+    weight: float = Field(1.0, ge=0.001, le=1000, description="share of the compute")
 
 
 class TenantBody(BaseModel):

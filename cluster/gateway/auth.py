@@ -42,6 +42,7 @@ class Caller:
     tenant_name: str
     rates: Rates
     max_adapters: int | None
+    weight: float = 1.0  # share of the compute, relative to other tenants'
     admin: bool = False
 
 
@@ -158,6 +159,7 @@ class Authenticator:
             tenant_name=tenant.name,
             rates=Rates(limits.requests_per_minute, limits.tokens_per_minute),
             max_adapters=limits.max_adapters,
+            weight=limits.weight,
         )
 
 

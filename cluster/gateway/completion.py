@@ -144,6 +144,9 @@ async def prepare(
                         sampling=plan.for_choice(room, k),
                         tenant_id=caller.tenant_id,
                         adapter=target.adapter,
+                        weight=caller.weight,
+                        priority=plan.priority,
+                        timeout_s=plan.queue_timeout_s,
                         traceparent=request.state.traceparent,
                     ),
                 )

@@ -34,6 +34,7 @@ STATUS: dict[ErrorCode, int] = {
     "no_group": 503,
     "overloaded": 503,
     "draining": 503,
+    "deadline_exceeded": 504,
 }
 RETRY_AFTER_S = 1
 

@@ -32,6 +32,8 @@ class Plan:
         prompt_top: the same for the prompt's tokens in `prompt_logprobs`.
         echo: the prompt's text comes first in the answer.
         score_only: nothing is generated, the prompt alone is answered (max_tokens 0).
+        priority: among the tenant's requests, lower goes first.
+        queue_timeout_s: seconds until it has to be begun; None: whenever.
     """
 
     sampling: SamplingParams
@@ -44,6 +46,8 @@ class Plan:
     echo: bool = False
     score_only: bool = False
     skip_special_tokens: bool = True
+    priority: int = 0
+    queue_timeout_s: float | None = None
 
     def for_choice(self, max_tokens: int, index: int) -> SamplingParams:
         return replace(self.sampling, max_tokens=max_tokens, seed=choice_seed(self.seed, index))
@@ -160,6 +164,8 @@ def _plan(
         top=top,
         prompt_top=body.prompt_logprobs,
         skip_special_tokens=body.skip_special_tokens is not False,
+        priority=body.priority or 0,
+        queue_timeout_s=body.queue_timeout,
     )
 
 

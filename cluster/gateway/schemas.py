@@ -93,6 +93,12 @@ class GenerationBody(BaseModel):
     stop_token_ids: list[StrictInt] | None = None
     seed: Count | None = None
     ignore_eos: StrictBool | None = False
+    priority: Count | None = Field(
+        None, ge=-(2**31), lt=2**31, description="among your own requests, lower goes first"
+    )
+    queue_timeout: Number | None = Field(
+        None, gt=0, le=86400, description="seconds; a request that isn't begun by then gets 504"
+    )
     skip_special_tokens: StrictBool | None = True
 
     def refuse_unsupported(self) -> None:

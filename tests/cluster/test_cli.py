@@ -52,7 +52,7 @@ class FakeService:
                 self.end_headers()
                 self.wfile.write(raw)
 
-            do_GET = do_POST = do_DELETE = do_PUT = _answer
+            do_GET = do_POST = do_DELETE = do_PUT = do_PATCH = _answer
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -147,6 +147,33 @@ def test_tenant_is_made_with_its_first_key(service: FakeService) -> None:
     assert "lpx-new" in done.stdout
     body = json.loads(service.requests[0][3])
     assert body == {"name": "acme", "limits": {"tokens_per_minute": 500}}
+
+
+def test_a_tenants_weight_is_set_and_changed_by_name(service: FakeService) -> None:
+    tenant = {
+        "name": "acme",
+        "id": "t1",
+        "created": "2026-11-23T11:00:00Z",
+        "limits": {
+            "requests_per_minute": None,
+            "tokens_per_minute": None,
+            "max_adapters": None,
+            "weight": 2.5,
+        },
+    }
+    service.on("POST", "/admin/v1/tenants", (201, tenant))
+    service.on("POST", "/admin/v1/tenants/t1/keys", (201, {"id": "k1", "key": "lpx-new"}))
+    service.on("GET", "/admin/v1/tenants", (200, {"object": "list", "data": [tenant]}))
+    service.on("PATCH", "/admin/v1/tenants/t1", (200, tenant))
+    at = ("--url", service.url, "--key", "admin")
+    assert loraplex("tenants", "create", "acme", "--weight", "2.5", *at).returncode == 0
+    assert json.loads(service.requests[0][3])["limits"] == {"weight": 2.5}
+    assert "2.5" in loraplex("tenants", "list", *at).stdout
+    assert loraplex("tenants", "change", "acme", "--weight", "4", *at).returncode == 0
+    assert json.loads(service.requests[-1][3]) == {"limits": {"weight": 4.0}}
+    unknown = loraplex("tenants", "change", "globex", "--weight", "4", *at)
+    assert unknown.returncode == 1
+    assert "globex" in unknown.stderr
 
 
 @pytest.mark.parametrize(

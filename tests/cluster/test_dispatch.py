@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from loraplex.cluster.connection import GroupConnection, GroupLost
@@ -285,6 +286,36 @@ async def test_without_groups_the_answer_is_no_group():
         _, last = await collect(made, request("r"))
         assert last.error_code == "no_group"
         assert made.events == [("no_group", "")]
+
+
+async def test_a_request_waits_for_a_group_no_longer_than_it_may():
+    limits = DispatchLimits(patience_s=30.0, poll_s=0.05)
+    async with dispatcher(Controller(), limits) as made:
+        _, last = await collect(made, replace(request("r"), timeout_s=0.2))
+        assert last.error_code == "deadline_exceeded"
+        assert "0.2 s" in (last.error or "")
+
+
+async def test_the_time_to_begin_runs_on_between_groups_and_ends_with_the_first_token(processes):
+    sent: list[GenerationRequest] = []
+
+    class Watching(GroupConnection):
+        def open(self, request: GenerationRequest):
+            sent.append(request)
+            return super().open(request)
+
+    first, one = processes.start("a", step_s=0.02)
+    _, two = processes.start("b")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loraplex.cluster.dispatch.GroupConnection", Watching)
+        async with dispatcher(Controller(one, two)) as made:
+            outputs = made.generate(replace(request("r"), timeout_s=60.0))
+            tokens = (await anext(outputs)).token_ids
+            first.kill()
+            tokens += [t async for output in outputs for t in output.token_ids]
+            assert tokens == fake.expected_tokens((1, 2), 50)
+    assert [r.timeout_s is None for r in sent] == [False, True]
+    assert 59.0 < (sent[0].timeout_s or 0) <= 60.0
 
 
 async def test_a_request_waits_for_a_group_that_comes_up(processes):

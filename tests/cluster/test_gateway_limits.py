@@ -133,7 +133,7 @@ async def test_most_requests_ask_nobody():
     rates = Rates(requests_per_minute=6000, tokens_per_minute=6_000_000)
     for _ in range(1000):
         assert (await leases.acquire("t", rates, 1, 100)).wait_s == 0
-    assert remote.calls <= 5
+    assert remote.calls <= 10
 
 
 async def test_unlimited_tenants_never_reach_the_limiter():

@@ -528,6 +528,54 @@ async def test_refused_parameters_cost_no_budget(bench):
     assert (await ask(bench, tenant.key)).status_code == 200
 
 
+# Fairness
+
+
+async def test_weight_priority_and_time_to_begin_go_to_the_group(bench):
+    tenant = bench.tenant("acme", weight=2.5)
+    assert (await ask(bench, tenant.key, priority=-3, queue_timeout=1.5)).status_code == 200
+    sent = bench.dispatcher.requests[-1]
+    assert (sent.tenant_id, sent.weight, sent.priority) == (tenant.id, 2.5, -3)
+    assert sent.timeout_s == 1.5
+    assert (await ask(bench, tenant.key)).status_code == 200
+    sent = bench.dispatcher.requests[-1]
+    assert (sent.priority, sent.timeout_s) == (0, None)
+    async with bench.client(bench.admin_key) as admin:
+        body = {"limits": {"weight": 0.5}}
+        assert (await admin.patch(f"/admin/v1/tenants/{tenant.id}", json=body)).status_code == 200
+    assert (await ask(bench, tenant.key)).status_code == 200
+    assert bench.dispatcher.requests[-1].weight == 0.5
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"priority": 0.5},
+        {"priority": 2**31},
+        {"priority": "high"},
+        {"queue_timeout": 0},
+        {"queue_timeout": -1},
+        {"queue_timeout": "5"},
+    ],
+)
+async def test_priorities_and_timeouts_that_are_none_are_refused(bench, body):
+    tenant = bench.tenant("acme")
+    response = await ask(bench, tenant.key, **body)
+    assert code_of(response, 400) == "invalid_value"
+    assert response.json()["error"]["param"] == next(iter(body))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_that_wasnt_begun_in_its_time_is_504_and_costs_nothing(bench, stream):
+    tenant = bench.tenant("acme", tokens_per_minute=100)
+    bench.dispatcher.error_after = 0
+    bench.dispatcher.error = ("deadline_exceeded", "not begun within its queue_timeout of 1 s")
+    for _ in range(3):
+        response = await ask(bench, tenant.key, max_tokens=60, queue_timeout=1, stream=stream)
+        assert code_of(response, 504) == "deadline_exceeded"
+        assert "queue_timeout" in response.json()["error"]["message"]
+
+
 # Admin
 
 

@@ -52,9 +52,12 @@ class Client:
     def send(self, frame: w.Frame) -> None:
         self.writer.write(w.encode(frame))
 
-    def submit(self, request_id: str, prompt=(1, 2), max_tokens=8, credit=10_000, seed=0) -> None:
+    def submit(
+        self, request_id: str, prompt=(1, 2), max_tokens=8, credit=10_000, seed=0, **kw
+    ) -> None:
         sampling = SamplingParams(max_tokens=max_tokens, seed=seed)
-        request = GenerationRequest(request_id, tuple(prompt), sampling, "tenant")
+        kw.setdefault("tenant_id", "tenant")
+        request = GenerationRequest(request_id, tuple(prompt), sampling, **kw)
         self.tokens[request_id] = []
         self.send({"t": "submit", "req": request.to_wire(), "credit": credit})
 
@@ -231,10 +234,27 @@ async def test_admission_is_bounded():
     async with group(step_s=0.01, max_open=3) as (front, _):
         client = await Client.connect(front.port)
         for i in range(5):
-            client.submit(f"r{i}", max_tokens=5)
+            client.submit(f"r{i}", max_tokens=5, tenant_id=f"tenant-{i}")
         await client.finish("r3", "r4")
         assert {client.final[r]["error_code"] for r in ("r3", "r4")} == {"overloaded"}
         await client.finish("r0", "r1", "r2")
+        client.submit("again", max_tokens=2)
+        await client.finish("again")
+        assert client.final["again"]["finish_reason"] == "length"
+
+
+async def test_a_flood_of_one_tenant_leaves_places_for_others():
+    async with group(step_s=0.01, max_open=8) as (front, _):
+        client = await Client.connect(front.port)
+        for i in range(20):
+            client.submit(f"flood{i}", max_tokens=20)
+        client.submit("other", max_tokens=5, tenant_id="other")
+        going_on = fake.expected_tokens((1, 2), 6)
+        client.submit("moved", max_tokens=6, output_ids=tuple(going_on[:2]))
+        await client.finish("other", "moved", *(f"flood{i}" for i in range(20)))
+        refused = [r for r, last in client.final.items() if "error_code" in last]
+        assert refused == [f"flood{i}" for i in range(4, 20)]
+        assert client.tokens["moved"] == going_on[2:]
         client.submit("again", max_tokens=2)
         await client.finish("again")
         assert client.final["again"]["finish_reason"] == "length"

@@ -26,7 +26,7 @@ class OnePackPool:
     max_slots = 4
 
     def layouts(self, pack: Pack) -> Layouts:
-        return Layouts({}, pack.nbytes)
+        return Layouts({}, pack.nbytes, 0)
 
     def fits(self, layouts: Layouts, without: Iterable[int]) -> bool:
         return True

@@ -59,7 +59,8 @@ def test_all_that_can_be_asked_for_passes():
         ignore_eos=True,
         grammar=Grammar("choice", '["x"]'),
     )
-    given = GenerationRequest("r", (1,), sampling, TENANT, AdapterRef(TENANT, DIGEST), (5,))
+    adapter = AdapterRef(TENANT, DIGEST)
+    given = GenerationRequest("r", (1,), sampling, TENANT, adapter, (5,), 1000, -(1 << 31), 86400.0)
     assert GenerationRequest.from_wire(msgpack.unpackb(msgpack.packb(given.to_wire()))) == given
     assert set(given.to_wire()["sampling"]) == {f.name for f in fields(SamplingParams)}
 
@@ -76,6 +77,10 @@ def test_all_that_can_be_asked_for_passes():
         ("traceparent", 5, "traceparent must be a text of at most 128"),
         ("traceparent", "t" * 129, "traceparent must be a text of at most 128"),
         ("sampling", [], "sampling must be a map, got list"),
+        ("weight", 0, "weight must be a number from 0.001 to 1000, got 0"),
+        ("weight", float("nan"), "weight must be a number from"),
+        ("priority", None, "priority must be an integer"),
+        ("timeout", -1, "timeout must be null or a number of seconds, 0 or more"),
         ("sampling.temperature", float("nan"), "temperature must be a number, 0 or more, got nan"),
         ("sampling.temperature", "hot", "sampling.temperature must be"),
         ("sampling.logit_bias", [["5", 1]], "logit_bias must be a list of"),
@@ -90,7 +95,10 @@ def test_what_is_wrong_is_named(place, value, words):
     (msg[outer] if inner else msg)[inner or outer] = value
     with pytest.raises(ValueError, match=words):
         check_request(msg)
-    del msg["traceparent"], msg["prompt"]
+    msg = request().to_wire()
+    del msg["weight"], msg["priority"], msg["timeout"], msg["traceparent"]
+    check_request(msg)
+    del msg["prompt"]
     with pytest.raises(ValueError, match="'prompt' is missing"):
         check_request(msg)
 

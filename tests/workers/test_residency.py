@@ -111,6 +111,14 @@ def test_nothing_is_evicted_for_what_has_no_room_all_the_same(make_node):
     assert large.key in node.resident()
 
 
+def test_what_is_held_says_how_large_it_is(make_node):
+    node = make_node(64)
+    for rank in (3, 8):
+        ref = node.adapter(rank)
+        slot = node.hold(ref)
+        assert node.residency.size(slot) == (pages_of(node, ref) << 14, rank)
+
+
 def test_two_that_wait_for_room_come_one_after_the_other(make_node):
     probe = make_node(64)
     pages = pages_of(probe, probe.adapter(8))

@@ -48,7 +48,7 @@ def test_order_credit_and_bounds_hold_in_any_history(history, bound):
         name = names[which % len(names)] if names else None
         if action == "add":
             request, serial = f"r{serial}", serial + 1
-            stream = table.add(client, request, n)
+            stream = table.add(client, request, n, f"tenant {n % 3}")
             credit[request], engine[stream.engine_id] = n, (request, client)
         elif action in ("step", "finish"):
             outputs = []
@@ -80,6 +80,7 @@ def test_order_credit_and_bounds_hold_in_any_history(history, bound):
             for engine_id in table.remove(client):
                 del engine[engine_id]
         assert table.running == len(engine)
+        assert sum(table.running_of(f"tenant {n}") for n in range(3)) == len(engine)
         held = [s for c in clients for s in c.streams.values()]
         assert all(not s.held or s.client.paused or s.credit <= 0 for s in held)
         assert table.held_tokens == sum(s.held_tokens for s in held) <= bound
@@ -96,7 +97,7 @@ def test_order_credit_and_bounds_hold_in_any_history(history, bound):
 
 def test_one_id_used_by_two_clients_stays_apart():
     table, one, two = StreamTable(100), Client(), Client()
-    first, second = table.add(one, "r", 9), table.add(two, "r", 9)
+    first, second = table.add(one, "r", 9, "t"), table.add(two, "r", 9, "t")
     ready = table.route([{"id": second.engine_id, "tok": [2]}, {"id": first.engine_id, "tok": [1]}])
     assert [o["tok"] for o in ready[one]] == [[1]]
     assert [o["tok"] for o in ready[two]] == [[2]]
@@ -104,7 +105,7 @@ def test_one_id_used_by_two_clients_stays_apart():
 
 def test_alternatives_count_as_held_memory():
     table, client = StreamTable(1000), Client()
-    stream = table.add(client, "r", 0)
+    stream = table.add(client, "r", 0, "t")
     lp = [5, -1.0, 1, [[i, -2.0] for i in range(20)]]
     table.route([{"id": stream.engine_id, "tok": [5], "lp": [lp]}])
     assert table.held_tokens == 22

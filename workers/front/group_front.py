@@ -41,7 +41,8 @@ class FrontConfig:
         port: its port, 0 for any free one.
         ranks: processes of the group.
         max_open: requests that the engine may have, waiting and running; more are refused with
-            "overloaded".
+            "overloaded". A tenant may have as many as places are free: one alone gets half of
+            them, and whatever it sends there is room for others.
         max_held_tokens: tokens that may wait for slow clients, over all streams.
         step_timeout_s: rank 0 counts as hung when one step takes longer.
         beat_timeout_s: a rank counts as hung when its process sends nothing for so long.
@@ -52,7 +53,7 @@ class FrontConfig:
     host: str = "127.0.0.1"
     port: int = 0
     ranks: int = 1
-    max_open: int = 256
+    max_open: int = 512
     max_held_tokens: int = 65536
     step_timeout_s: float = 30.0
     beat_timeout_s: float = 3.0
@@ -225,13 +226,13 @@ class GroupFront:
     def submit(self, link: GatewayLink, request: Mapping[str, Any], credit: int) -> None:
         """Admits a request, or answers it with the reason why not."""
         request_id = request["id"]
-        refusal = self._refusal() or _unreadable(request)
+        refusal = self._refusal() or _unreadable(request) or self._tenants_limit(request)
         leader = self._ranks.get(0)
         if refusal or leader is None:
             code, text = refusal or ("draining", "rank 0 isn't connected")
             link.send_batch([error_output(request_id, code, text)], self.load())
             return
-        stream = self._streams.add(link.client, request_id, credit)
+        stream = self._streams.add(link.client, request_id, credit, request["tenant"])
         self._traces.begin(stream.engine_id, request)
         leader.send({"t": "submit", "req": {**request, "id": stream.engine_id}})
 
@@ -298,6 +299,16 @@ class GroupFront:
             return "overloaded", (
                 f"the group has {self._streams.running} requests open, which is its limit; "
                 "try again later"
+            )
+        return None
+
+    def _tenants_limit(self, request: Mapping[str, Any]) -> tuple[ErrorCode, str] | None:
+        mine, free = self._streams.running_of(request["tenant"]), self.config.max_open - self.open
+        # A continuation takes the place that its tenant had at another group.
+        if mine >= free and not request["output"]:
+            return "overloaded", (
+                f"you have {mine} requests open at this group, which is your limit while it has "
+                f"{free} places left; wait for some of them to end"
             )
         return None
 

@@ -8,7 +8,7 @@ bounded over all streams: past the bound, the stream that holds most is ended.
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,11 +32,12 @@ class Client:
 class Stream:
     """One request of one client. The engine knows it by `engine_id`, unique in the group."""
 
-    __slots__ = ("client", "credit", "engine_id", "held", "held_tokens", "request_id")
+    __slots__ = ("client", "credit", "engine_id", "held", "held_tokens", "request_id", "tenant")
 
-    def __init__(self, client: Client, request_id: str, engine_id: str, credit: int):
+    def __init__(self, client: Client, request_id: str, engine_id: str, credit: int, tenant: str):
         self.client = client
         self.request_id = request_id
+        self.tenant = tenant
         self.engine_id = engine_id
         self.credit = credit
         self.held: deque[Output] = deque()
@@ -66,6 +67,7 @@ class StreamTable:
     def __init__(self, max_held_tokens: int):
         self._max_held = max_held_tokens
         self._running: dict[str, Stream] = {}  # by engine id; those that the engine works on
+        self._running_of: Counter[str] = Counter()  # the same, counted by tenant
         self._holding: set[Stream] = set()
         self._serial = itertools.count()
         self.held_tokens = 0
@@ -80,7 +82,11 @@ class StreamTable:
         """Streams that the engine still works on."""
         return len(self._running)
 
-    def add(self, client: Client, request_id: str, credit: int) -> Stream:
+    def running_of(self, tenant: str) -> int:
+        """The tenant's part of `running`."""
+        return self._running_of[tenant]
+
+    def add(self, client: Client, request_id: str, credit: int, tenant: str) -> Stream:
         """Opens a stream.
 
         Raises:
@@ -89,8 +95,10 @@ class StreamTable:
         if request_id in client.streams:
             raise WireError(f"request id {request_id!r} is in use on this connection")
         # Two gateways may use one id; the engine must never mix their streams up.
-        stream = Stream(client, request_id, f"{request_id}#{next(self._serial)}", credit)
+        engine_id = f"{request_id}#{next(self._serial)}"
+        stream = Stream(client, request_id, engine_id, credit, tenant)
         client.streams[request_id] = self._running[stream.engine_id] = stream
+        self._running_of[tenant] += 1
         return stream
 
     def abort(self, client: Client, request_id: str) -> str | None:
@@ -115,7 +123,7 @@ class StreamTable:
             output["id"] = stream.request_id
             final = _is_final(output)
             if final:
-                del running[stream.engine_id]
+                self._ended(stream)
             tokens = len(output["tok"])
             client = stream.client
             if stream.held or client.paused or (tokens and stream.credit <= 0):
@@ -184,7 +192,16 @@ class StreamTable:
         stream.held.clear()
         stream.held_tokens = 0
         self._holding.discard(stream)
-        return stream.engine_id if self._running.pop(stream.engine_id, None) else None
+        return stream.engine_id if self._ended(stream) else None
+
+    def _ended(self, stream: Stream) -> bool:
+        """The engine doesn't work on it any more; whether it did."""
+        if self._running.pop(stream.engine_id, None) is None:
+            return False
+        self._running_of[stream.tenant] -= 1
+        if not self._running_of[stream.tenant]:
+            del self._running_of[stream.tenant]
+        return True
 
     def _flush(self, stream: Stream) -> list[Output]:
         sent: list[Output] = []

@@ -112,13 +112,12 @@ class AdapterPool:
         Raises:
             AdapterTooLarge: it can't be loaded even into the empty pool.
         """
-        rank = max((self._of(layer).max_rank for layer in pack.layers), default=0)
-        if rank > self._max_rank:
-            raise AdapterTooLarge(
-                f"adapter {pack.digest[:12]} has rank {rank}, at most {self._max_rank} is served; "
-                f"raise max_lora_rank (up to {MAX_RANK})"
-            )
         layouts = self._account.layouts(pack.layers)
+        if layouts.max_rank > self._max_rank:
+            raise AdapterTooLarge(
+                f"adapter {pack.digest[:12]} has rank {layouts.max_rank}, at most {self._max_rank} "
+                f"is served; raise max_lora_rank (up to {MAX_RANK})"
+            )
         if layouts.nbytes > self.total_bytes:
             raise AdapterTooLarge(
                 f"adapter {pack.digest[:12]} takes {layouts.nbytes} bytes, the pool has "

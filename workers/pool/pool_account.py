@@ -26,10 +26,12 @@ class Layouts:
 
     Attributes:
         nbytes: of its pages, on the rank where they are most.
+        max_rank: the largest of its factors.
     """
 
     of_rank: Mapping[int, BlockLayout]
     nbytes: int
+    max_rank: int
 
 
 class PoolAccount:
@@ -72,7 +74,10 @@ class PoolAccount:
             r: BlockLayout(self._blocks.sizes(layers, r, self._itemsize), self.page)
             for r in self._pages
         }
-        return Layouts(of_rank, max(each.pages for each in of_rank.values()) * self.page_bytes)
+        nbytes = max(each.pages for each in of_rank.values()) * self.page_bytes
+        any_rank = next(iter(self._pages))
+        max_rank = max((self._blocks.blocks(x, any_rank).max_rank for x in layers), default=0)
+        return Layouts(of_rank, nbytes, max_rank)
 
     def has(self, slot: int) -> bool:
         """Whether `slot` holds pages, be it none."""

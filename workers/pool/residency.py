@@ -35,6 +35,7 @@ class _Resident:
     ref: AdapterRef
     slot: int
     nbytes: int
+    rank: int  # the largest of its projections'
     tier: str  # that it came from
     fetch_s: float  # that it took from there to this node
     users: int = 0
@@ -140,6 +141,11 @@ class Residency:
         resident.doomed |= drop and resident.users == 0
         self._no_room.clear()
         self._drop_doomed(resident)
+
+    def size(self, slot: int) -> tuple[int, int]:
+        """Bytes and largest rank of the adapter in `slot`."""
+        resident = self._by_slot[slot]
+        return resident.nbytes, resident.rank
 
     def want(self, ref: AdapterRef) -> None:
         """Starts to bring the adapter of a request that was just queued, as far as there is
@@ -254,10 +260,6 @@ class Residency:
     def loads_run(self) -> bool:
         return any(r.load is not None for r in self._by_slot.values())
 
-    def bytes_of(self, slot: int) -> int:
-        """That the adapter in `slot` takes."""
-        return self._by_slot[slot].nbytes
-
     @property
     def active_bytes(self) -> int:
         """Of adapters that sequences use now."""
@@ -319,6 +321,7 @@ class Residency:
             ref,
             slot,
             opened.layouts.nbytes,
+            opened.layouts.max_rank,
             opened.tier,
             opened.fetch_s,
             last_used=self._clock,
