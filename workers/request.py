@@ -243,16 +243,11 @@ class TokenOutput:
 
     @classmethod
     def from_wire(cls, msg: dict[str, Any]) -> TokenOutput:
-        def lp(x: list[Any] | None) -> TokenLogprob | None:
-            if x is None:
-                return None
-            return TokenLogprob(x[0], x[1], x[2], tuple((t[0], t[1]) for t in x[3]))
-
         return cls(
             request_id=msg["id"],
             token_ids=msg["tok"],
-            logprobs=[y for x in msg.get("lp", ()) if (y := lp(x)) is not None],
-            prompt_logprobs=[lp(x) for x in msg["plp"]] if "plp" in msg else None,
+            logprobs=[y for x in msg.get("lp", ()) if (y := _logprob(x)) is not None],
+            prompt_logprobs=[_logprob(x) for x in msg["plp"]] if "plp" in msg else None,
             finish_reason=msg.get("finish_reason"),
             error_code=msg.get("error_code"),
             error=msg.get("error"),
@@ -260,3 +255,9 @@ class TokenOutput:
             cached_tokens=msg.get("cached", 0),
             spans=msg.get("spans"),
         )
+
+
+def _logprob(x: list[Any] | None) -> TokenLogprob | None:
+    if x is None:
+        return None
+    return TokenLogprob(x[0], x[1], x[2], tuple((t[0], t[1]) for t in x[3]))

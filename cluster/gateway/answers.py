@@ -37,10 +37,12 @@ class JsonResponse(Response):
         return to_json(content)
 
 
+# Made once: json.dumps makes one for each call that doesn't use its defaults.
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=str)
+
+
 def to_json(content: Any) -> bytes:
-    return json.dumps(
-        content, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=str
-    ).encode("utf-8", "replace")
+    return _ENCODER.encode(content).encode("utf-8", "replace")
 
 
 def error_response(error: ApiError) -> JsonResponse:

@@ -83,7 +83,7 @@ class Usage:
         }
 
 
-async def run(
+def run(
     dispatcher: Dispatcher,
     tokenizer: TextTokenizer,
     plan: Plan,
@@ -96,11 +96,12 @@ async def run(
         ApiError: a group reported an error, or there is no group.
     """
     streams = [_run_one(dispatcher, tokenizer, plan, job, usage) for job in jobs]
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as stream:
-            async for event in stream:
-                yield event
-        return
+    return streams[0] if len(streams) == 1 else _merge(streams)
+
+
+async def _merge(
+    streams: Sequence[AsyncGenerator[ChoiceEvent, None]],
+) -> AsyncGenerator[ChoiceEvent, None]:
     queue: asyncio.Queue[ChoiceEvent | BaseException | None] = asyncio.Queue(maxsize=64)
 
     async def feed(stream: AsyncGenerator[ChoiceEvent, None]) -> None:

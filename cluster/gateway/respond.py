@@ -11,10 +11,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .answers import JsonResponse
+from .answers import JsonResponse, to_json
 from .completion import Work
 from .deps import GatewayDeps
-from .event_stream import DONE, ClientGone, EventStream, event, unless_gone
+from .event_stream import DONE, ClientGone, EventStream, unless_gone
 from .generation import ChoiceEvent, run
 from .middleware import CLIENT_CLOSED
 
@@ -122,33 +122,58 @@ async def _next(events: AsyncGenerator[ChoiceEvent, None]) -> ChoiceEvent | None
     return await anext(events, None)
 
 
+class _ChunkWriter:
+    """A stream's chunks as events. What all of them share is written once."""
+
+    def __init__(self, work: Work) -> None:
+        head = {
+            "id": work.request_id,
+            "object": work.shape.chunk_object,
+            "created": work.created,
+            "model": work.target.name,
+        }
+        self._front = b"data: " + to_json(head)[:-1] + b',"choices":['
+        self._back = b'],"usage":null' if work.include_usage else b"]"
+
+    def choice(self, piece: dict[str, Any], extension: bytes = b"") -> bytes:
+        return b"%b%b%b%b}\n\n" % (self._front, to_json(piece), self._back, extension)
+
+    def usage(self, usage: dict[str, Any], extension: bytes) -> bytes:
+        return b'%b],"usage":%b%b}\n\n' % (self._front, to_json(usage), extension)
+
+
 async def _chunks(
     work: Work,
     first: asyncio.Future[ChoiceEvent | None],
     events: AsyncGenerator[ChoiceEvent, None],
 ) -> AsyncGenerator[bytes, None]:
-    head = {
-        "id": work.request_id,
-        "object": work.shape.chunk_object,
-        "created": work.created,
-        "model": work.target.name,
-    }
-    no_usage: dict[str, Any] = {"usage": None} if work.include_usage else {}
-    begun: set[int] = set()
+    writer = _ChunkWriter(work)
     for job in work.jobs:
         opening = work.shape.opening(job)
         if opening is not None:
-            yield event({**head, "choices": [opening], **no_usage})
-    item = await first
-    extension: dict[str, Any] = {"loraplex": work.extension()}
-    while item is not None:
+            yield writer.choice(opening)
+    begun: set[int] = set()
+
+    def chunk(item: ChoiceEvent) -> bytes | None:
+        """The extension comes with the first one."""
         piece = work.shape.piece(item, item.job.index not in begun)
-        if piece is not None:
-            begun.add(item.job.index)
-            yield event({**head, "choices": [piece], **no_usage, **extension})
-            extension = {}
-        item = await _next(events)
+        if piece is None:
+            return None
+        data = writer.choice(piece, b"" if begun else _extension(work))
+        begun.add(item.job.index)
+        return data
+
+    item = await first
+    if item is not None:
+        if (data := chunk(item)) is not None:
+            yield data
+        async for item in events:
+            if (data := chunk(item)) is not None:
+                yield data
     if work.include_usage:
-        usage = work.usage.body()
-        yield event({**head, "choices": [], "usage": usage, "loraplex": work.extension()})
+        yield writer.usage(work.usage.body(), _extension(work))
     yield DONE
+
+
+def _extension(work: Work) -> bytes:
+    return b',"loraplex":' + to_json(work.extension())
