@@ -7,7 +7,8 @@ import contextlib
 import random
 import signal
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -22,49 +23,53 @@ FAULTS = {
     "gateway-kill": ("ray::ServeReplica:gateway", signal.SIGKILL),
 }
 POLL_S = 0.1
-_GIVE_UP_S = 120.0
-_UNSEEN_S = 5.0  # a death that nobody has seen by then never shows
-
-
-@dataclass
-class Death:
-    """
-    Args:
-        at: seconds, monotonic.
-        seen_s: until the controller's status shows it (a group fewer, another epoch); for a
-            gateway, until its process's replacement runs. None: the group didn't serve yet.
-        gone_s: until the process has ended; one that was stopped is ended by its group.
-        ready_s: until all groups (or gateways) are there again.
-    """
-
-    at: float
-    pid: int
-    seen_s: float | None = None
-    gone_s: float | None = None
-    ready_s: float | None = None
-
-    def to_json(self) -> dict[str, float | None]:
-        return {
-            name: value if value is None else round(value, 2)
-            for name, value in asdict(self).items()
-            if name.endswith("_s")
-        }
 
 
 @dataclass(frozen=True)
 class View:
-    """What the admin API tells."""
+    """What the admin API tells at one moment; seconds are monotonic."""
 
+    at: float
     epoch: int
     serving: frozenset[str]
     open_requests: int
 
 
+@dataclass
+class Death:
+    """A process that was killed or stopped at `at`; `gone_at`: seen to have ended."""
+
+    at: float
+    process: psutil.Process
+    gone_at: float | None = None
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds after a death.
+
+    Args:
+        gone_s: until its process had ended; one that was stopped is ended by its group.
+        seen_s: until the controller's status showed it: a group fewer, or another epoch.
+        ready_s: until there was a group, a controller that knows the groups, or a gateway in place
+            of the dead one.
+    """
+
+    gone_s: float | None = None
+    seen_s: float | None = None
+    ready_s: float | None = None
+
+
 class Operator:
     """Watches a service through its admin API, and its processes."""
 
-    def __init__(self, url: str, admin_key: str, root: psutil.Process) -> None:
+    def __init__(self, url: str, admin_key: str, root: psutil.Process, fault: str) -> None:
+        self.views: list[View] = []
+        self.deaths: list[Death] = []
+        self.replaced: list[float] = []  # when the fault's processes got a new one
         self._root = root
+        self._title, self._signal = FAULTS[fault]
+        self._known = {p.pid for p in self.processes()}
         self._http = httpx.AsyncClient(
             base_url=url,
             headers={"authorization": f"Bearer {admin_key}"},
@@ -72,65 +77,109 @@ class Operator:
             trust_env=False,
         )
 
-    async def close(self) -> None:
-        await self._http.aclose()
+    async def watch(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                response = await self._http.get("/admin/v1/placement")
+                if response.is_success:
+                    self.views.append(_view(response.json()))
+            for death in self.deaths:
+                if death.gone_at is None and not _alive(death.process):
+                    death.gone_at = time.monotonic()
+            if self.deaths:
+                new = {p.pid for p in self.processes()} - self._known
+                self._known |= new
+                self.replaced += [time.monotonic()] * len(new)
+            await asyncio.sleep(POLL_S)
 
-    async def view(self) -> View | None:
-        """None while the controller, or the gateway that is asked, doesn't answer."""
-        with contextlib.suppress(httpx.HTTPError):
-            response = await self._http.get("/admin/v1/placement")
-            if response.is_success:
-                return _view(response.json())
+    async def wait_serving(self, groups: int, timeout_s: float = 120.0) -> bool:
+        """Whether so many groups serve, as seen from now on, in time."""
+        began = time.monotonic()
+        while time.monotonic() < began + timeout_s:
+            if self.views and (view := self.views[-1]).at > began and len(view.serving) >= groups:
+                return True
+            await asyncio.sleep(POLL_S)
+        return False
+
+    async def wait_empty(self, timeout_s: float) -> float | None:
+        """Seconds until no engine has anything open; None: it took longer."""
+        began = time.monotonic()
+        while time.monotonic() < began + timeout_s:
+            if self.views and (view := self.views[-1]).at > began and not view.open_requests:
+                return view.at - began
+            await asyncio.sleep(POLL_S)
         return None
 
-    async def wait_serving(self, groups: int) -> View:
-        deadline = time.monotonic() + _GIVE_UP_S
-        while time.monotonic() < deadline:
-            view = await self.view()
-            if view is not None and len(view.serving) >= groups:
-                return view
-            await asyncio.sleep(POLL_S)
-        raise TimeoutError(f"not {groups} groups in {_GIVE_UP_S:.0f} s; last seen: {view}")
-
-    def processes(self, title: str) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
+        """Those of the fault's kind that live."""
         found = []
         for process in self._root.children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                alive = process.status() != psutil.STATUS_ZOMBIE
-                if alive and " ".join(process.cmdline()).startswith(title):
+                if _alive(process) and " ".join(process.cmdline()).startswith(self._title):
                     found.append(process)
         return found
 
-    async def harm(self, fault: str, groups: int, rng: random.Random) -> Death:
-        """Makes one death and watches until all `groups` serve again."""
-        title, number = FAULTS[fault]
-        before = await self.wait_serving(1)
-        present = self.processes(title)
-        victim = rng.choice(present)
-        death = Death(time.monotonic(), victim.pid)
-        victim.send_signal(number)
-        deadline = death.at + _GIVE_UP_S
-        while death.ready_s is None or death.gone_s is None:
-            await asyncio.sleep(POLL_S)
-            now = time.monotonic() - death.at
-            if death.gone_s is None and not _alive(victim):
-                death.gone_s = now
-            if fault == "gateway-kill":
-                back = {p.pid for p in self.processes(title)} - {p.pid for p in present}
-                if back and death.seen_s is None:
-                    death.seen_s = now
-                if back and await self.view() is not None:
-                    death.ready_s = now
-            elif (view := await self.view()) is not None:
-                lost = before.serving - view.serving
-                if death.seen_s is None and (lost or view.epoch != before.epoch):
-                    death.seen_s = now
-                since = death.seen_s if death.gone_s is None else death.gone_s + _UNSEEN_S
-                if since is not None and now >= since and len(view.serving) >= groups:
-                    death.ready_s = death.ready_s or now
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{fault}: {death} after {_GIVE_UP_S:.0f} s")
-        return death
+    def harm(self, rng: random.Random) -> None:
+        """Makes one death, among those that live the longest."""
+        present = [p for p in self.processes() if p not in [d.process for d in self.deaths]]
+        present.sort(key=lambda p: p.create_time())
+        victim = rng.choice(present[: max(1, len(present) // 2)])
+        self.deaths.append(Death(time.monotonic(), victim))
+        victim.send_signal(self._signal)
+
+    def times(self) -> list[Times]:
+        """Of each death. Deaths are far enough apart to be told from each other by their order."""
+        if self._title == FAULTS["controller-kill"][0]:
+            seen = ready = _changes_of_epoch(self.views)
+        else:
+            seen, ready = _changes_of_groups(self.views)
+        if self._title == FAULTS["gateway-kill"][0]:
+            seen, ready = [], self.replaced
+        return [
+            Times(_after(d, d.gone_at), _after(d, _at(seen, i)), _after(d, _at(ready, i)))
+            for i, d in enumerate(self.deaths)
+        ]
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+
+def _at(moments: Sequence[float], i: int) -> float | None:
+    return moments[i] if i < len(moments) else None
+
+
+def _after(death: Death, moment: float | None) -> float | None:
+    return None if moment is None else round(moment - death.at, 2)
+
+
+def _changes_of_epoch(views: Sequence[View]) -> list[float]:
+    """When a new controller was first seen to know as many groups as the last one."""
+    moments: list[float] = []
+    epoch, groups = views[0].epoch, len(views[0].serving)
+    for view in views:
+        if view.epoch == epoch:
+            groups = len(view.serving)
+        elif len(view.serving) >= groups:
+            moments.append(view.at)
+            epoch = view.epoch
+    return moments
+
+
+def _changes_of_groups(views: Sequence[View]) -> tuple[list[float], list[float]]:
+    """When groups were first seen to serve no longer, and when new ones did."""
+    left: list[float] = []
+    came: list[float] = []
+    gone: set[str] = set()
+    known = set(views[0].serving)
+    for before, view in zip(views, views[1:], strict=False):
+        lost = before.serving - view.serving - gone
+        new = view.serving - known
+        gone |= lost
+        known |= new
+        left += [view.at] * len(lost)
+        came += [view.at] * len(new)
+    return left, came
 
 
 def _alive(process: psutil.Process) -> bool:
@@ -143,4 +192,5 @@ def _alive(process: psutil.Process) -> bool:
 def _view(status: dict[str, Any]) -> View:
     groups = status["groups"]
     serving = frozenset(g["group"] for g in groups if not g["draining"])
-    return View(status["epoch"], serving, sum(g["running"] + g["queued"] for g in groups))
+    open_requests = sum(g["running"] + g["queued"] for g in groups)
+    return View(time.monotonic(), status["epoch"], serving, open_requests)

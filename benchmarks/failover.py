@@ -4,8 +4,8 @@
 
 Starts the demo with several groups, asks every request of a fixed set once and again (answers that
 differ end it), and takes the speed of that for the service's capacity. Then requests of the set
-arrive at random at `--share` of it, while every `--every` seconds, once two groups serve again, a
-process is killed or stopped. Every answer (text, finish reason, usage) is compared with the one
+arrive at random at `--share` of it, while every `--every` seconds, once two groups serve, a process
+is killed or stopped. Every answer (text, finish reason, usage) is compared with the one
 from before. JSON by fault in benchmarks/results/<machine>/failover.json.
 
 Faults: rank-kill (SIGKILL), rank-stop (SIGSTOP), front-kill, controller-kill, gateway-kill. A
@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import random
+import statistics
 import sys
 import time
 from datetime import date
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from _failover_faults import FAULTS, Death, Operator
+from _failover_faults import FAULTS, Operator
 from _failover_load import Load, Tally, make_jobs
 from _serving_http import service
 from _serving_load import DemoFacts
@@ -37,15 +38,17 @@ PACKAGES = ("loraplex", "ray", "torch")
 JOBS = 40
 # A gateway's death: the proxy may still send to it what comes within so long.
 NOTICED_S = 1.0
-FREED_S = 10.0  # the engines must have nothing open by then
+EMPTY_S = 10.0  # after the load, the engines must have nothing open by then
 
 
-async def storm(args: argparse.Namespace, facts: dict[str, Any], root: psutil.Process) -> dict:
+async def storm(
+    args: argparse.Namespace, facts: dict[str, Any], root: psutil.Process
+) -> dict[str, Any]:
     """One run; what it found."""
     rng = random.Random(args.seed)
     jobs = make_jobs(facts, DemoFacts.read().base_name, JOBS, rng)
-    operator = Operator(facts["url"], facts["admin_key"], root)
-    deaths: list[asyncio.Task[Death]] = []
+    operator = Operator(facts["url"], facts["admin_key"], root, args.fault)
+    watching = asyncio.create_task(operator.watch())
     async with Load(facts["url"]) as load:
         await operator.wait_serving(args.groups)
         expected, _ = await load.answers(jobs)
@@ -55,41 +58,27 @@ async def storm(args: argparse.Namespace, facts: dict[str, Any], root: psutil.Pr
         stop = asyncio.Event()
         running = asyncio.create_task(load.run(jobs, expected, args.share * capacity, stop, rng))
         ends = time.monotonic() + args.seconds
-        try:
-            while (pause := ends - time.monotonic()) > 0:
-                await asyncio.sleep(min(args.every, pause))
-                await operator.wait_serving(min(2, args.groups))
-                if time.monotonic() < ends:
-                    harm = operator.harm(args.fault, args.groups, rng)
-                    deaths.append(asyncio.create_task(harm))
-        finally:
-            stop.set()
-            tally = await running
-        freed_s = await _freed(operator)
-        ended = await asyncio.gather(*deaths)
+        while (pause := ends - time.monotonic()) > 0:
+            await asyncio.sleep(min(args.every, pause))
+            if await operator.wait_serving(min(2, args.groups)) and time.monotonic() < ends:
+                operator.harm(rng)
+        stop.set()
+        tally = await running
+    emptied_s = await operator.wait_empty(EMPTY_S)
+    await operator.wait_serving(args.groups)
+    watching.cancel()
     await operator.close()
-    return _figures(args, capacity, ended, tally, freed_s)
-
-
-async def _freed(operator: Operator) -> float | None:
-    """Seconds until no engine has anything open; None: it took more than FREED_S."""
-    began = time.monotonic()
-    while time.monotonic() < began + FREED_S:
-        view = await operator.view()
-        if view is not None and not view.open_requests:
-            return round(time.monotonic() - began, 2)
-        await asyncio.sleep(0.1)
-    return None
+    return _figures(args, capacity, operator, tally, emptied_s)
 
 
 def _figures(
     args: argparse.Namespace,
     capacity: float,
-    deaths: list[Death],
+    operator: Operator,
     tally: Tally,
-    freed_s: float | None,
+    emptied_s: float | None,
 ) -> dict[str, Any]:
-    counts = tally.count()
+    counts, times, deaths = tally.count(), operator.times(), operator.deaths
     broken = 0
     if args.fault == "gateway-kill":
         broken = sum(
@@ -98,11 +87,12 @@ def _figures(
             for o in tally.outcomes
         )
 
-    def worst(name: str) -> float | None:
-        times = [t for d in deaths if (t := getattr(d, name)) is not None]
-        return round(max(times), 2) if times else None
+    def spread(name: str) -> dict[str, float] | None:
+        known = [t for x in times if (t := getattr(x, name)) is not None]
+        if not known:
+            return None
+        return {"median": statistics.median(known), "max": max(known), "of": len(known)}
 
-    in_flight = [sum(o.began < d.at < o.ended for o in tally.outcomes) for d in deaths]
     return {
         "date": date.today().isoformat(),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
@@ -119,13 +109,12 @@ def _figures(
         "failed": counts.get("failed", 0) - broken,
         "broken_with_their_gateway": broken,
         "kills": len(deaths),
-        "open_at_kills": sum(in_flight),
+        "open_at_kills": sum(o.began < d.at < o.ended for o in tally.outcomes for d in deaths),
         "slowest_s": round(tally.slowest_s(), 2),
-        "seen_s_max": worst("seen_s"),
-        "gone_s_max": worst("gone_s"),
-        "ready_s_max": worst("ready_s"),
-        "engines_empty_s": freed_s,
-        "deaths": [d.to_json() for d in deaths],
+        "gone_s": spread("gone_s"),
+        "seen_s": spread("seen_s"),
+        "ready_s": spread("ready_s"),
+        "engines_empty_s": None if emptied_s is None else round(emptied_s, 2),
         "examples": tally.examples,
     }
 
@@ -146,15 +135,16 @@ def main() -> None:
     with service(["--groups", str(args.groups)]) as facts:
         [root] = [c for c in psutil.Process().children() if "up" in c.cmdline()]
         figures = asyncio.run(storm(args, facts, root))
-    shown = {k: v for k, v in figures.items() if k not in ("deaths", "versions")}
-    print(json.dumps(shown, indent=1))
+    print(json.dumps(figures, indent=1))
     path = args.out or Path(__file__).parent / "results" / args.machine / "failover.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(known | {args.fault: figures}, indent=1) + "\n")
     print(f"written to {path}")
-    bad = figures["altered"] + figures["failed"]
-    sys.exit(f"error: {bad} answers failed or were altered" if bad else 0)
+    if bad := figures["altered"] + figures["failed"]:
+        sys.exit(f"error: {bad} answers failed or were altered")
+    if figures["engines_empty_s"] is None:
+        sys.exit(f"error: engines had requests open {EMPTY_S:.0f} s after the last answer")
 
 
 if __name__ == "__main__":

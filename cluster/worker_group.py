@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from ..workers import (
     RankPlacement,
     RankProgram,
 )
+from .errors import ActorUnavailable
 from .group_scaling import METRIC, ByOpenSequences
 from .metrics import EngineMetrics, MetricsServer, new_registry, serve_metrics
 from .named_actors import CONTROLLER_NAME, NamedActor
@@ -28,6 +30,9 @@ from .replica_address import advertised, listen_on_node_address
 log = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 0.5
+_LEAVE_POLL_S = 0.1
+# Of the time to drain, what handing adapters over may take; the rest is for open requests.
+_LEAVE_SHARE = 0.5
 _HEALTH_EVERY_S = 1.0
 
 
@@ -47,7 +52,8 @@ class WorkerGroupConfig:
         metrics_host, metrics_token: of the metrics exporter.
         start_timeout_s: loading the model and warming up must be done by then.
         step_timeout_s: a group whose engine step takes longer counts as hung.
-        drain_timeout_s: how long open requests may take when the group is stopped.
+        drain_timeout_s: how long a group that is stopped may take to hand over its adapters and to
+            end its open requests.
     """
 
     deployment: str
@@ -118,6 +124,7 @@ class WorkerGroup:
         self._controller = NamedActor(CONTROLLER_NAME)
         self._group = serve.get_replica_context().replica_id.unique_id
         self._seen_epoch = 0
+        self._leaving = False
         self._ranks: GroupRanks | None = None
         self._reports: asyncio.Task[None] | None = None
         self._metrics_server: MetricsServer | None = None
@@ -165,7 +172,9 @@ class WorkerGroup:
     async def __del__(self) -> None:
         # Serve's way to say that the replica is to stop; the ranks end here, not by the
         # garbage collector.
-        if not await self._front.drain(self._config.drain_timeout_s):
+        ends = time.monotonic() + self._config.drain_timeout_s
+        await self._hand_over(_LEAVE_SHARE * self._config.drain_timeout_s)
+        if not await self._front.drain(ends - time.monotonic()):
             log.warning("group %s stops with requests open", self._group)
         await self._stop()
 
@@ -178,14 +187,29 @@ class WorkerGroup:
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
 
+    async def _hand_over(self, timeout_s: float) -> None:
+        """Serves on until others hold the adapters that only this group does."""
+        self._leaving = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._front.failure is None and not await self._tell():
+                    await asyncio.sleep(_LEAVE_POLL_S)
+        except (TimeoutError, ActorUnavailable) as e:
+            log.warning("group %s leaves with adapters that no other holds: %r", self._group, e)
+
+    async def _tell(self) -> bool:
+        """Reports and obeys the advice; whether the controller lets the group go."""
+        advice = await self._controller.call("report", self._group_report().to_wire())
+        self._obey(advice["epoch"], advice["desired"], advice["purge"])
+        return advice["release"]
+
     async def _report(self) -> None:
         """Tells the controller about the group for as long as it lives, and obeys its advice."""
         missed = False
         while True:
             self._metrics.update(self._front.report)
             try:
-                advice = await self._controller.call("report", self._group_report().to_wire())
-                self._obey(advice["epoch"], advice["desired"], advice["purge"])
+                await self._tell()
                 missed = False
             except Exception as e:
                 # The group serves on without a controller, whatever is wrong with that one.
@@ -211,4 +235,5 @@ class WorkerGroup:
             draining=self._front.draining or self._front.failure is not None,
             engine=self._front.report,
             seen_epoch=self._seen_epoch,
+            leaving=self._leaving,
         )

@@ -66,6 +66,11 @@ class GroupReport:
     draining: bool
     engine: EngineReport
     seen_epoch: int = 0  # newest controller epoch whose advice this group obeyed
+    leaving: bool = False  # it is to stop, and serves until others hold what it alone does
+
+    @property
+    def stays(self) -> bool:
+        return not (self.draining or self.leaving)
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)

@@ -89,7 +89,8 @@ def check(world: World, new: Plan) -> None:
     """What holds for every plan."""
     old = world.last
     serving = {n: g for n, g in world.groups.items() if not g.draining}
-    planned = {k: {g for g in serving if k in new.desired[g]} for k in world.demand}
+    # What nobody asks for is planned for where its last holder leaves.
+    planned = {k: {g for g in serving if k in new.desired[g]} for k in world.sizes | world.demand}
     assert new.desired.keys() == world.groups.keys()
     for name, group in world.groups.items():
         keys = new.desired[name]
@@ -112,10 +113,10 @@ def check(world: World, new: Plan) -> None:
         if kept_last and groups:
             assert holders, f"{key}: held by {kept_last}, planned for {groups} only"
         # What is dropped altogether made room for something that is asked for more.
-        if kept_last and not groups and world.demand[key] >= CONFIG.min_rate:
+        if kept_last and not groups and world.demand.get(key, 0.0) >= CONFIG.min_rate:
             for group in kept_last:
                 came = set(new.desired[group]) - set(old.desired[group])
-                assert any(world.demand[k] > world.demand[key] for k in came)
+                assert any(world.demand.get(k, 0.0) > world.demand[key] for k in came)
         # Requests go where the adapter is; to one group only while it is nowhere.
         routed = set(new.placement.get(key, ()))
         if holders:
