@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import signal
 import time
@@ -172,7 +173,7 @@ def _changes_of_groups(views: Sequence[View]) -> tuple[list[float], list[float]]
     came: list[float] = []
     gone: set[str] = set()
     known = set(views[0].serving)
-    for before, view in zip(views, views[1:], strict=False):
+    for before, view in itertools.pairwise(views):
         lost = before.serving - view.serving - gone
         new = view.serving - known
         gone |= lost
