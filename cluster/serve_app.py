@@ -11,7 +11,7 @@ from ray.serve.schema import ApplicationStatus
 
 from .control.actor import start_controller
 from .gateway.deployment import GATEWAY_CPUS, Gateway
-from .group_scaling import TARGET_FILL
+from .group_scaling import Scaling
 from .ingest import start_ingest
 from .limiter_actor import start_limiter
 from .model import base_model
@@ -90,8 +90,15 @@ def groups_app(settings: Settings) -> serve.Application:
         step_timeout_s=settings.step_timeout_s,
         drain_timeout_s=settings.drain_s,
     )
-    target = TARGET_FILL * settings.max_running
-    return worker_group_app(config, settings.groups, settings.max_groups, target)
+    scaling = None
+    if settings.max_groups is not None:
+        scaling = Scaling(
+            settings.max_groups,
+            settings.target_wait_s,
+            settings.scale_up_after_s,
+            settings.scale_down_after_s,
+        )
+    return worker_group_app(config, settings.groups, scaling, settings.update_surge)
 
 
 def deploy(settings: Settings) -> None:

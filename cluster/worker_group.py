@@ -22,7 +22,7 @@ from ..workers import (
     RankProgram,
 )
 from .errors import ActorUnavailable
-from .group_scaling import METRIC, ByOpenSequences
+from .group_scaling import ByExpectedWait, GroupWork, Scaling
 from .metrics import EngineMetrics, MetricsServer, new_registry, serve_metrics
 from .named_actors import CONTROLLER_NAME, NamedActor
 from .replica_address import advertised, listen_on_node_address
@@ -34,6 +34,7 @@ _LEAVE_POLL_S = 0.1
 # Of the time to drain, what handing adapters over may take; the rest is for open requests.
 _LEAVE_SHARE = 0.5
 _HEALTH_EVERY_S = 1.0
+_SCALING_EVERY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,15 @@ class WorkerGroupConfig:
 def worker_group_app(
     config: WorkerGroupConfig,
     groups: int,
-    max_groups: int | None = None,
-    target_sequences: float = 1.0,
+    scaling: Scaling | None = None,
+    surge_percent: int = 0,
 ) -> serve.Application:
     """The Serve application of `groups` groups.
 
     Args:
-        max_groups: groups are added and taken away between the two numbers; None: they are fixed.
-        target_sequences: open in each group, which more groups are started for.
+        scaling: when groups are added and taken away again; None: their number is fixed.
+        surge_percent: of the groups, how many may be there beyond their number in an update; 0:
+            old ones stop first, which takes no more machines.
     """
     rank: dict[str, float] = {"CPU": config.rank_cpus}
     if config.rank_gpus:
@@ -91,7 +93,8 @@ def worker_group_app(
     deployment = serve.deployment(
         WorkerGroup,
         name=config.deployment,
-        **_replicas(groups, max_groups, target_sequences),
+        **_replicas(groups, scaling),
+        max_surge_percent=surge_percent,
         ray_actor_options={"num_cpus": config.front_cpus},
         # One node holds a whole group: its ranks talk over loopback and share the node's packs.
         placement_group_bundles=[{"CPU": config.front_cpus}, *([rank] * config.tp_size)],
@@ -104,15 +107,23 @@ def worker_group_app(
     return deployment.bind(config)
 
 
-def _replicas(groups: int, max_groups: int | None, target: float) -> dict[str, Any]:
-    if max_groups is None:
+def _replicas(groups: int, scaling: Scaling | None) -> dict[str, Any]:
+    if scaling is None:
         return {"num_replicas": groups}
-    scaling = AutoscalingConfig(
-        min_replicas=groups,
-        max_replicas=max_groups,
-        policy=AutoscalingPolicy(policy_function=ByOpenSequences, policy_kwargs={"target": target}),
+    policy = AutoscalingPolicy(
+        policy_function=ByExpectedWait,
+        policy_kwargs={"target_wait_s": scaling.target_wait_s},
     )
-    return {"autoscaling_config": scaling}
+    config = AutoscalingConfig(
+        min_replicas=groups,
+        max_replicas=scaling.max_groups,
+        policy=policy,
+        metrics_interval_s=_SCALING_EVERY_S,
+        look_back_period_s=max(_SCALING_EVERY_S, scaling.up_after_s),
+        upscale_delay_s=scaling.up_after_s,
+        downscale_delay_s=scaling.down_after_s,
+    )
+    return {"autoscaling_config": config}
 
 
 class WorkerGroup:
@@ -161,8 +172,7 @@ class WorkerGroup:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve where groups are added under load."""
-        report = self._front.report
-        return {METRIC: report.running + report.queued}
+        return GroupWork.of(self._front.report).to_metrics()
 
     async def check_health(self) -> None:
         """Called by Serve, which restarts the replica when this raises."""

@@ -28,6 +28,8 @@ class EngineReport:
     pool_bytes_total: int = 0
     pool_bytes_used: int = 0
     host_bytes_total: int = 0  # of the node's tier in memory; 0: it has none
+    prompt_tokens_pending: int = 0  # of waiting and begun prompts, not computed yet
+    end_s: float = 0.0  # from one request's end to the next, while steps run
     wait_s: float = 0.0  # expected until a new request's prompt is begun
     token_s: float = 0.0  # that a prompt token takes, in steps with others
     gpu: dict[str, int] = field(default_factory=dict)  # resident in the pool: key -> bytes
