@@ -70,9 +70,9 @@ def make_jobs(facts: dict[str, Any], base: str, count: int, rng: random.Random) 
             "prompt": f"{rng.randrange(10**6)} {rng.choice(OPENINGS)}",
             "max_tokens": rng.randrange(24, 160),
             "ignore_eos": True,
-            "temperature": 0.0 if i % 2 else 0.8,
             "seed": rng.randrange(2**31),
         }
+        body |= {"temperature": 0.0} if i % 2 else {"temperature": 0.8, "top_k": 20}
         if rng.random() < 0.6:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         jobs.append(Job(key, body))
@@ -94,10 +94,16 @@ class Load:
     async def __aexit__(self, *exc: object) -> None:
         await self._client.aclose()
 
-    async def answers(self, jobs: Sequence[Job]) -> tuple[list[Answer], float]:
-        """All jobs at once; their answers and the requests per second."""
+    async def answers(self, jobs: Sequence[Job], at_once: int) -> tuple[list[Answer], float]:
+        """All jobs, `at_once` at a time; their answers and the requests per second."""
         began = time.monotonic()
-        answers = await asyncio.gather(*(self.ask(job) for job in jobs))
+        room = asyncio.Semaphore(at_once)
+
+        async def ask(job: Job) -> Answer:
+            async with room:
+                return await self.ask(job)
+
+        answers = await asyncio.gather(*(ask(job) for job in jobs))
         return list(answers), len(jobs) / (time.monotonic() - began)
 
     async def ask(self, job: Job) -> Answer:
@@ -160,7 +166,7 @@ class Load:
         try:
             answer = await self.ask(job)
             verdict = "equal" if answer == expected else "altered"
-            said = "" if verdict == "equal" else f"altered: {expected} -> {answer}"
+            said = "" if verdict == "equal" else f"altered: {job.body}: {expected} -> {answer}"
         except (httpx.HTTPError, ValueError, KeyError) as e:
             verdict, said = "failed", f"{type(e).__name__}: {e}"
         tally.outcomes.append(Outcome(began, time.monotonic(), verdict))

@@ -2,8 +2,10 @@
 
     python benchmarks/failover.py --fault rank-kill --seconds 300
 
-Starts the demo with several groups, asks every request of a fixed set once and again (answers that
-differ end it), and takes the speed of that for the service's capacity. Then requests of the set
+Starts the demo with several groups, asks every request of a fixed set, alone and beside others, and
+takes the speed of all at once for the service's capacity. A request whose answers differ already
+then is left out: a sum in float32 depends on the batch in its last bit, and one draw in 10^5 is so
+close to the border between two tokens that this decides it. Then requests of the set
 arrive at random at `--share` of it, while every `--every` seconds, once two groups serve, a process
 is killed or stopped. Every answer (text, finish reason, usage) is compared with the one
 from before. JSON by fault in benchmarks/results/<machine>/failover.json.
@@ -36,6 +38,7 @@ from _serving_load import DemoFacts
 
 PACKAGES = ("loraplex", "ray", "torch")
 JOBS = 40
+FIRM = 0.9  # of the requests, whose answers must not depend on the batch
 # A gateway's death: the proxy may still send to it what comes within so long.
 NOTICED_S = 1.0
 EMPTY_S = 10.0  # after the load, the engines must have nothing open by then
@@ -51,10 +54,13 @@ async def storm(
     watching = asyncio.create_task(operator.watch())
     async with Load(facts["url"]) as load:
         await operator.wait_serving(args.groups)
-        expected, _ = await load.answers(jobs)
-        again, capacity = await load.answers(jobs)
-        if again != expected:
-            sys.exit("error: answers differ without any fault")
+        expected, capacity = await load.answers(jobs, len(jobs))
+        others = [(await load.answers(jobs, at_once))[0] for at_once in (len(jobs), 8, 2)]
+        firm = [i for i, a in enumerate(expected) if all(answers[i] == a for answers in others)]
+        if len(firm) < FIRM * len(jobs):
+            sys.exit(f"error: only {len(firm)} of {len(jobs)} answers are always the same")
+        left_out = len(jobs) - len(firm)
+        jobs, expected = [jobs[i] for i in firm], [expected[i] for i in firm]
         stop = asyncio.Event()
         running = asyncio.create_task(load.run(jobs, expected, args.share * capacity, stop, rng))
         ends = time.monotonic() + args.seconds
@@ -68,7 +74,8 @@ async def storm(
     await operator.wait_serving(args.groups)
     watching.cancel()
     await operator.close()
-    return _figures(args, capacity, operator, tally, emptied_s)
+    figures = _figures(args, capacity, operator, tally, emptied_s)
+    return figures | {"requests": len(jobs), "left_out": left_out}
 
 
 def _figures(
