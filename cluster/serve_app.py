@@ -10,7 +10,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from .control.actor import start_controller
-from .gateway.deployment import GATEWAY_CPUS, Gateway
+from .gateway.deployment import GATEWAY_CPUS, SPARE_REQUESTS, Gateway
 from .group_scaling import Scaling
 from .ingest import start_ingest
 from .limiter_actor import start_limiter
@@ -64,6 +64,9 @@ def gateway_app(settings: Settings) -> serve.Application:
     """Settings as for `build_apps`."""
     return Gateway.options(
         num_replicas=settings.gateway_replicas,
+        max_ongoing_requests=settings.max_open_requests + SPARE_REQUESTS,
+        # What waits in the proxy, whose own answer beyond it is a 503, too.
+        max_queued_requests=settings.max_open_requests,
         ray_actor_options={"num_cpus": GATEWAY_CPUS},
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=settings.drain_s,

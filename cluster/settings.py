@@ -150,6 +150,9 @@ class Settings(BaseSettings):
     )
     ingest_concurrency: int = Field(2, ge=1, le=64, description="uploads validated at once")
     haproxy: bool = Field(False, description="Ray Serve's HAProxy mode (binds all interfaces)")
+    max_open_requests: int = Field(
+        1000, ge=1, description="tenants' requests open in a gateway; more are told to come later"
+    )
     upload_max_bytes: ByteSize = Field(
         ByteSize(64_000_000), ge=1024, description="body of an upload through the gateway"
     )
