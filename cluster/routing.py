@@ -128,17 +128,20 @@ def decide(
     Returns:
         The decision, or None when no group may be chosen.
     """
-    serving = [name for name in table.serving if name not in exclude]
-    if not serving:
-        return None
-    # A standby group is better than none.
-    names = [name for name in table.regular if name not in exclude] or serving
+    names = [name for name in table.regular if name not in exclude]
+    if not names:
+        # A standby group is better than none.
+        names = [name for name in table.serving if name not in exclude]
+        if not names:
+            return None
     if ask.adapter_key is None:
         view = _View(table, ask, loads, policy, names)
         return Decision(table.serving[view.quickest(names)], "base")
     allowed = set(names)
-    placed = [name for name in table.placement.get(ask.adapter_key, ()) if name in serving]
-    view = _View(table, ask, loads, policy, list(dict.fromkeys([*names, *placed])))
+    listed = table.placement.get(ask.adapter_key, ())
+    placed = [name for name in listed if name in table.serving and name not in exclude]
+    standby = [name for name in placed if name not in allowed]
+    view = _View(table, ask, loads, policy, [*names, *standby])
     if not placed:
         target, reason = _cold(view, table, ask.adapter_key, names, allowed)
     else:

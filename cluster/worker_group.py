@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -202,10 +203,13 @@ class WorkerGroup:
         self._leaving = True
         try:
             async with asyncio.timeout(timeout_s):
-                while self._front.failure is None and not await self._tell():
+                while self._front.failure is None:
+                    with contextlib.suppress(ActorUnavailable):  # a new one may come in time
+                        if await self._tell():
+                            return
                     await asyncio.sleep(_LEAVE_POLL_S)
-        except (TimeoutError, ActorUnavailable) as e:
-            log.warning("group %s leaves with adapters that no other holds: %r", self._group, e)
+        except TimeoutError:
+            log.warning("group %s may leave with adapters that no other holds", self._group)
 
     async def _tell(self) -> bool:
         """Reports and obeys the advice; whether the controller lets the group go."""
