@@ -284,6 +284,7 @@ def test_before_its_first_plan_a_controller_tells_a_group_to_keep_what_it_has():
         "desired": keys(3),
         "host": [],
         "purge": [],
+        "release": False,
     }
 
 
