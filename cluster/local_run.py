@@ -110,7 +110,7 @@ class LocalRun:
             local_ray.make_token(self.data.ray_token)
             os.environ.update(local_ray.ray_environment(self.settings, self.data.ray_token))
             gpus = gpu_count() if self.settings.device == "cuda" else 0
-            ranks = self.settings.groups * self.settings.tp
+            ranks = (self.settings.max_groups or self.settings.groups) * self.settings.tp
             cpus = max(os.cpu_count() or 1, _SPARE_CPUS + ranks)
             try:
                 local_ray.start_ray(ray_dir(self._run_dir), cpus, gpus, self.data.ray_logs)

@@ -117,6 +117,9 @@ def decide(
     any that isn't. A placed adapter leaves its groups only for one that serves it sooner, its
     load included: a queue that is shorter than a load is worth waiting in.
 
+    A standby group (see `GroupEntry`) is chosen for what is placed on it, and where all others
+    are excluded.
+
     Args:
         table: what the controller published last.
         loads: fresher than the table's; may be partial.
@@ -125,14 +128,20 @@ def decide(
     Returns:
         The decision, or None when no group may be chosen.
     """
-    names = [name for name in table.serving if name not in exclude]
+    names = [name for name in table.regular if name not in exclude]
     if not names:
-        return None
-    view = _View(table, ask, loads, policy, names)
+        # A standby group is better than none.
+        names = [name for name in table.serving if name not in exclude]
+        if not names:
+            return None
     if ask.adapter_key is None:
+        view = _View(table, ask, loads, policy, names)
         return Decision(table.serving[view.quickest(names)], "base")
     allowed = set(names)
-    placed = [name for name in table.placement.get(ask.adapter_key, ()) if name in allowed]
+    listed = table.placement.get(ask.adapter_key, ())
+    placed = [name for name in listed if name in table.serving and name not in exclude]
+    standby = [name for name in placed if name not in allowed]
+    view = _View(table, ask, loads, policy, [*names, *standby])
     if not placed:
         target, reason = _cold(view, table, ask.adapter_key, names, allowed)
     else:

@@ -10,8 +10,8 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from .control.actor import start_controller
-from .gateway.deployment import GATEWAY_CPUS, Gateway
-from .group_scaling import TARGET_FILL
+from .gateway.deployment import GATEWAY_CPUS, SPARE_REQUESTS, Gateway
+from .group_scaling import Scaling
 from .ingest import start_ingest
 from .limiter_actor import start_limiter
 from .model import base_model
@@ -64,6 +64,9 @@ def gateway_app(settings: Settings) -> serve.Application:
     """Settings as for `build_apps`."""
     return Gateway.options(
         num_replicas=settings.gateway_replicas,
+        max_ongoing_requests=settings.max_open_requests + SPARE_REQUESTS,
+        # What waits in the proxy, whose own answer beyond it is a 503, too.
+        max_queued_requests=settings.max_open_requests,
         ray_actor_options={"num_cpus": GATEWAY_CPUS},
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=settings.drain_s,
@@ -92,8 +95,15 @@ def groups_app(settings: Settings) -> serve.Application:
         logs=settings.logs,
         trace_endpoint=settings.trace_endpoint,
     )
-    target = TARGET_FILL * settings.max_running
-    return worker_group_app(config, settings.groups, settings.max_groups, target)
+    scaling = None
+    if settings.max_groups is not None:
+        scaling = Scaling(
+            settings.max_groups,
+            settings.target_wait_s,
+            settings.scale_up_after_s,
+            settings.scale_down_after_s,
+        )
+    return worker_group_app(config, settings.groups, scaling, settings.update_surge)
 
 
 def deploy(settings: Settings) -> None:

@@ -104,6 +104,16 @@ class Settings(BaseSettings):
     max_groups: int | None = Field(
         None, ge=1, le=1024, description="groups are added under load up to so many; none: never"
     )
+    target_wait_s: float = Field(
+        1.0, gt=0, description="groups are added when a new request would wait for longer"
+    )
+    scale_up_after_s: float = Field(
+        30.0, gt=0, description="how long the load must ask for more groups"
+    )
+    scale_down_after_s: float = Field(600.0, gt=0, description="the same for fewer groups")
+    update_surge: int = Field(
+        0, ge=0, le=100, description="percent of groups that an update may add; 0: old stop first"
+    )
     tp: int = Field(1, ge=1, le=64, description="ranks in a group")
     ep: int = Field(1, ge=1, le=64, description="parts that the experts are split into; divides tp")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -152,6 +162,9 @@ class Settings(BaseSettings):
     )
     ingest_concurrency: int = Field(2, ge=1, le=64, description="uploads validated at once")
     haproxy: bool = Field(False, description="Ray Serve's HAProxy mode (binds all interfaces)")
+    max_open_requests: int = Field(
+        1000, ge=1, description="tenants' requests open in a gateway; more are told to come later"
+    )
     upload_max_bytes: ByteSize = Field(
         ByteSize(64_000_000), ge=1024, description="body of an upload through the gateway"
     )

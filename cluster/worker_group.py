@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +22,8 @@ from ..workers import (
     RankPlacement,
     RankProgram,
 )
-from .group_scaling import METRIC, ByOpenSequences
+from .errors import ActorUnavailable
+from .group_scaling import ByExpectedWait, GroupWork, Scaling
 from .logs import LogConfig, configure_logs
 from .metrics import EngineMetrics, MetricsServer, new_registry, serve_metrics
 from .named_actors import CONTROLLER_NAME, NamedActor
@@ -30,7 +33,11 @@ from .tracing import make_tracer
 log = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 0.5
+_LEAVE_POLL_S = 0.1
+# Of the time to drain, what handing adapters over may take; the rest is for open requests.
+_LEAVE_SHARE = 0.5
 _HEALTH_EVERY_S = 1.0
+_SCALING_EVERY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class WorkerGroupConfig:
         metrics_host, metrics_token: of the metrics exporter.
         start_timeout_s: loading the model and warming up must be done by then.
         step_timeout_s: a group whose engine step takes longer counts as hung.
-        drain_timeout_s: how long open requests may take when the group is stopped.
+        drain_timeout_s: how long a group that is stopped may take to hand over its adapters and to
+            end its open requests.
         logs: of the front's process.
         trace_endpoint: of the collector of traces, if there is one.
     """
@@ -76,14 +84,15 @@ class WorkerGroupConfig:
 def worker_group_app(
     config: WorkerGroupConfig,
     groups: int,
-    max_groups: int | None = None,
-    target_sequences: float = 1.0,
+    scaling: Scaling | None = None,
+    surge_percent: int = 0,
 ) -> serve.Application:
     """The Serve application of `groups` groups.
 
     Args:
-        max_groups: groups are added and taken away between the two numbers; None: they are fixed.
-        target_sequences: open in each group, which more groups are started for.
+        scaling: when groups are added and taken away again; None: their number is fixed.
+        surge_percent: of the groups, how many may be there beyond their number in an update; 0:
+            old ones stop first, which takes no more machines.
     """
     rank: dict[str, float] = {"CPU": config.rank_cpus}
     if config.rank_gpus:
@@ -91,7 +100,8 @@ def worker_group_app(
     deployment = serve.deployment(
         WorkerGroup,
         name=config.deployment,
-        **_replicas(groups, max_groups, target_sequences),
+        **_replicas(groups, scaling),
+        max_surge_percent=surge_percent,
         ray_actor_options={"num_cpus": config.front_cpus},
         # One node holds a whole group: its ranks talk over loopback and share the node's packs.
         placement_group_bundles=[{"CPU": config.front_cpus}, *([rank] * config.tp_size)],
@@ -104,15 +114,23 @@ def worker_group_app(
     return deployment.bind(config)
 
 
-def _replicas(groups: int, max_groups: int | None, target: float) -> dict[str, Any]:
-    if max_groups is None:
+def _replicas(groups: int, scaling: Scaling | None) -> dict[str, Any]:
+    if scaling is None:
         return {"num_replicas": groups}
-    scaling = AutoscalingConfig(
-        min_replicas=groups,
-        max_replicas=max_groups,
-        policy=AutoscalingPolicy(policy_function=ByOpenSequences, policy_kwargs={"target": target}),
+    policy = AutoscalingPolicy(
+        policy_function=ByExpectedWait,
+        policy_kwargs={"target_wait_s": scaling.target_wait_s},
     )
-    return {"autoscaling_config": scaling}
+    config = AutoscalingConfig(
+        min_replicas=groups,
+        max_replicas=scaling.max_groups,
+        policy=policy,
+        metrics_interval_s=_SCALING_EVERY_S,
+        look_back_period_s=max(_SCALING_EVERY_S, scaling.up_after_s),
+        upscale_delay_s=scaling.up_after_s,
+        downscale_delay_s=scaling.down_after_s,
+    )
+    return {"autoscaling_config": config}
 
 
 class WorkerGroup:
@@ -126,6 +144,7 @@ class WorkerGroup:
         self._controller = NamedActor(CONTROLLER_NAME)
         self._group = serve.get_replica_context().replica_id.unique_id
         self._seen_epoch = 0
+        self._leaving = False
         self._ranks: GroupRanks | None = None
         self._reports: asyncio.Task[None] | None = None
         self._metrics_server: MetricsServer | None = None
@@ -163,8 +182,7 @@ class WorkerGroup:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve where groups are added under load."""
-        report = self._front.report
-        return {METRIC: report.running + report.queued}
+        return GroupWork.of(self._front.report).to_metrics()
 
     async def check_health(self) -> None:
         """Called by Serve, which restarts the replica when this raises."""
@@ -174,7 +192,9 @@ class WorkerGroup:
     async def __del__(self) -> None:
         # Serve's way to say that the replica is to stop; the ranks end here, not by the
         # garbage collector.
-        if not await self._front.drain(self._config.drain_timeout_s):
+        ends = time.monotonic() + self._config.drain_timeout_s
+        await self._hand_over(_LEAVE_SHARE * self._config.drain_timeout_s)
+        if not await self._front.drain(ends - time.monotonic()):
             log.warning("group %s stops with requests open", self._group)
         await self._stop()
 
@@ -189,14 +209,32 @@ class WorkerGroup:
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
 
+    async def _hand_over(self, timeout_s: float) -> None:
+        """Serves on until others hold the adapters that only this group does."""
+        self._leaving = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._front.failure is None:
+                    with contextlib.suppress(ActorUnavailable):  # a new one may come in time
+                        if await self._tell():
+                            return
+                    await asyncio.sleep(_LEAVE_POLL_S)
+        except TimeoutError:
+            log.warning("group %s may leave with adapters that no other holds", self._group)
+
+    async def _tell(self) -> bool:
+        """Reports and obeys the advice; whether the controller lets the group go."""
+        advice = await self._controller.call("report", self._group_report().to_wire())
+        self._obey(advice["epoch"], advice["desired"], advice["purge"])
+        return advice["release"]
+
     async def _report(self) -> None:
         """Tells the controller about the group for as long as it lives, and obeys its advice."""
         missed = False
         while True:
             self._metrics.update(self._front.report)
             try:
-                advice = await self._controller.call("report", self._group_report().to_wire())
-                self._obey(advice["epoch"], advice["desired"], advice["purge"])
+                await self._tell()
                 missed = False
             except Exception as e:
                 # The group serves on without a controller, whatever is wrong with that one.
@@ -222,4 +260,5 @@ class WorkerGroup:
             draining=self._front.draining or self._front.failure is not None,
             engine=self._front.report,
             seen_epoch=self._seen_epoch,
+            leaving=self._leaving,
         )

@@ -234,7 +234,9 @@ class Engine:
         r.token_s = self._pace.token_s
         r.max_running = self.config.max_running
         free_rows = r.max_running - r.running
-        r.wait_s = self._pace.wait_s(s.prompt_tokens_pending(), r.queued, free_rows)
+        r.prompt_tokens_pending = s.prompt_tokens_pending()
+        r.wait_s = self._pace.wait_s(r.prompt_tokens_pending, r.queued, free_rows)
+        r.end_s = self._pace.ends_every_s
         r.kv_blocks_total, r.kv_blocks_used = self._kv.total, self._kv.used
         r.preemptions, r.prefix_hit_tokens = s.preemptions, s.prefix_hit_tokens
         waiting = s.waiting.by_tenant()

@@ -30,6 +30,11 @@ class Pace:
             self.end_s = _mean(self.end_s, self._since_end_s / ended)
             self._since_end_s = 0.0
 
+    @property
+    def ends_every_s(self) -> float:
+        """`end_s`, or more when nothing has ended for longer."""
+        return max(self.end_s, self._since_end_s)
+
     def wait_s(self, prompt_tokens: int, queued: int, free_rows: int) -> float:
         """Seconds until a new request's own prompt is begun.
 

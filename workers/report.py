@@ -30,6 +30,8 @@ class EngineReport:
     pool_bytes_total: int = 0
     pool_bytes_used: int = 0
     host_bytes_total: int = 0  # of the node's tier in memory; 0: it has none
+    prompt_tokens_pending: int = 0  # of waiting and begun prompts, not computed yet
+    end_s: float = 0.0  # from one request's end to the next, while steps run
     wait_s: float = 0.0  # expected until a new request's prompt is begun
     token_s: float = 0.0  # that a prompt token takes, in steps with others
     gpu: dict[str, int] = field(default_factory=dict)  # resident in the pool: key -> bytes
@@ -84,6 +86,11 @@ class GroupReport:
     draining: bool
     engine: EngineReport
     seen_epoch: int = 0  # newest controller epoch whose advice this group obeyed
+    leaving: bool = False  # it is to stop, and serves until others hold what it alone does
+
+    @property
+    def stays(self) -> bool:
+        return not (self.draining or self.leaving)
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)

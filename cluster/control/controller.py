@@ -13,6 +13,7 @@ from typing import Any
 from ...workers import GroupReport
 from ..metrics import Target
 from .demand import DemandTracker
+from .hand_off import is_handed_off, is_ready
 from .placement import plan
 from .plan import PlacementConfig, Plan
 from .purges import Purges
@@ -28,12 +29,14 @@ class ControllerConfig:
         settle_s: how long after its start a controller waits for reports before it plans, or
             replaces a table that a gateway has from its predecessor.
         demand_tau_s: age at which work counts 1/e in an adapter's demand.
+        join_s: a new group gets requests once it holds what it should, and after so long anyway.
     """
 
     group_timeout_s: float = 3.0
     target_timeout_s: float = 15.0
     settle_s: float = 1.5
     demand_tau_s: float = 60.0
+    join_s: float = 20.0
     placement: PlacementConfig = field(default_factory=PlacementConfig)
 
 
@@ -65,6 +68,8 @@ class Controller:
         self._epoch = epoch
         self._started_s = clock()
         self._reports: dict[str, tuple[float, GroupReport]] = {}
+        self._came_s: dict[str, float] = {}  # groups that haven't joined yet
+        self._released: set[str] = set()
         self._targets: dict[tuple[str, str, int], tuple[float, Target]] = {}
         self._demand = DemandTracker(config.demand_tau_s)
         self._purges = Purges()
@@ -89,11 +94,13 @@ class Controller:
         self._table = replace(self._table, epoch=epoch, version=1)
 
     def report(self, wire: Mapping[str, Any]) -> dict[str, Any]:
-        """Takes a `GroupReport` in wire form; answers {"epoch", "desired", "host", "purge"}.
+        """Takes a `GroupReport` in wire form; answers {"epoch", "desired", "host", "purge",
+        "release"}.
 
         `desired` are the adapter keys that the group should hold, the most worth first; `host`
         those whose packs its node should keep in memory; `purge`
-        those that it must drop, once told and now and then again.
+        those that it must drop, once told and now and then again. `release`: a leaving group may
+        stop, for others hold what it did.
         """
         return self.take(GroupReport.from_wire(dict(wire)))
 
@@ -103,6 +110,7 @@ class Controller:
         if name not in self._reports:
             engine = report.engine
             self._unchecked.update(engine.gpu, engine.host, engine.disk, engine.loading)
+            self._came_s[name] = now
         self._reports[name] = (now, report)
         self._newest_seen = max(self._newest_seen, report.seen_epoch)
         self._demand.observe(name, report.engine)
@@ -115,6 +123,7 @@ class Controller:
             "desired": [key for key in desired if key not in purging],
             "host": [key for key in self._plan.host.get(name, ()) if key not in purging],
             "purge": purge,
+            "release": name in self._released,
         }
 
     def table(self, since: Sequence[int] | None = None) -> dict[str, Any] | None:
@@ -144,6 +153,7 @@ class Controller:
         self._purges.tick(self._reports, now)
         if not self._settling:
             self._replan()
+        self._admit(now)
         self._publish()
 
     def purge(self, keys: Iterable[str]) -> None:
@@ -195,8 +205,8 @@ class Controller:
         placed = set(copies)
         return {
             "epoch": self._epoch,
-            "serving": sum(not r.draining for r in reports),
-            "draining": sum(r.draining for r in reports),
+            "serving": sum(r.stays for r in reports),
+            "draining": sum(not r.stays for r in reports),
             "desired": {group: len(keys) for group, keys in self._plan.desired.items()},
             "placed": len(placed),
             "replicas": len(copies) - len(placed),
@@ -236,12 +246,27 @@ class Controller:
         for name, (seen, report) in list(self._reports.items()):
             if now - seen > self._config.group_timeout_s:
                 del self._reports[name]
+                self._came_s.pop(name, None)
                 self._demand.forget_group(name)
                 # A group that said that it drains was meant to leave.
-                self._totals.groups_lost += not report.draining
+                self._totals.groups_lost += report.stays
         for address, (seen, _) in list(self._targets.items()):
             if now - seen > self._config.target_timeout_s:
                 del self._targets[address]
+
+    def _admit(self, now: float) -> None:
+        """Lets new groups have requests, and leaving ones go."""
+        reports = {name: report for name, (_, report) in self._reports.items()}
+        for name, came in list(self._came_s.items()):
+            # Before the first plan, groups are new to this controller only.
+            late = now - came >= self._config.join_s
+            if self._settling or late or is_ready(reports[name], self._plan):
+                del self._came_s[name]
+        self._released = {
+            name
+            for name, report in reports.items()
+            if report.leaving and not self._settling and is_handed_off(report, reports, self._plan)
+        }
 
     def _replan(self) -> None:
         reports = {name: report for name, (_, report) in self._reports.items()}
@@ -259,7 +284,10 @@ class Controller:
         self._plan = new
 
     def _publish(self) -> None:
-        groups = tuple(_entry(report) for _, (_, report) in sorted(self._reports.items()))
+        groups = tuple(
+            _entry(report, name in self._came_s)
+            for name, (_, report) in sorted(self._reports.items())
+        )
         purging = self._purges.pending(self._reports)
         placement = {k: names for k, names in self._plan.placement.items() if k not in purging}
         near = {k: names for k, names in self._plan.near.items() if k not in purging}
@@ -273,7 +301,7 @@ class Controller:
         )
 
 
-def _entry(report: GroupReport) -> GroupEntry:
+def _entry(report: GroupReport, new: bool) -> GroupEntry:
     return GroupEntry(
         deployment=report.deployment,
         group=report.group,
@@ -282,11 +310,13 @@ def _entry(report: GroupReport) -> GroupEntry:
         draining=report.draining,
         queued=report.engine.queued,
         running=report.engine.running,
+        standby=new or report.leaving,
     )
 
 
-def _identity(entry: GroupEntry) -> tuple[str, str, str, int, bool]:
-    return (entry.deployment, entry.group, entry.host, entry.port, entry.draining)
+def _identity(entry: GroupEntry) -> GroupEntry:
+    """Without what changes all the time."""
+    return replace(entry, queued=0, running=0)
 
 
 def _group_status(report: GroupReport, age_s: float, desired: Sequence[str]) -> dict[str, Any]:
@@ -296,6 +326,7 @@ def _group_status(report: GroupReport, age_s: float, desired: Sequence[str]) -> 
         "deployment": report.deployment,
         "address": f"{report.host}:{report.port}",
         "draining": report.draining,
+        "leaving": report.leaving,
         "age_s": round(age_s, 3),
         "weights_bytes": engine.weights_bytes,
         "weights_seconds": round(engine.weights_seconds, 3),

@@ -35,21 +35,26 @@ def plan(
         A plan in which no group's desired adapters exceed its pool; a copy that was desired and
         is held goes only if another desired copy of it is held, or to make room for what is asked
         for more while no other group has room for it; draining groups keep what they hold and
-        get nothing new.
+        get nothing new. Leaving groups are like draining ones, but requests still go to them for
+        what no other group holds.
     """
     groups = sorted(reports, key=lambda g: g.group)
-    serving = [g for g in groups if not g.draining]
+    serving = [g for g in groups if g.stays]
+    leaving = _leaving(groups)
     sizes = _sizes(groups, demand, previous.sizes)
     rates = {
         k: rate for k, rate in sorted(demand.items()) if rate >= config.min_rate and k in sizes
     }
+    # The last copy of what nobody asks for is worth a place that nobody else wants.
+    rates = dict.fromkeys(sorted(leaving - rates.keys()), config.min_rate) | rates
     asked_for = rates  # all of it deserves copies in memory
     spare = _spare(rates, sizes, serving, config)
     if spare:
         rates = _worth_planning(rates, sizes, serving, previous, config)
     overdue = {copy for copy, age in previous.waiting.items() if age >= config.patience_ticks}
     board = Board(serving, rates, sizes, overdue, spare)
-    total = sum(rate for _, rate in sorted(demand.items()))  # sorted: sums round by order
+    all_rates = {**rates, **demand}
+    total = sum(rate for _, rate in sorted(all_rates.items()))  # sorted: sums round by order
     busy = previous.busy + (_busy(serving) - previous.busy) / config.busy_ticks
     replicas = {
         key: _replicas(rate, busy * rate / total, board, key, previous.replicas.get(key, 1), config)
@@ -64,19 +69,18 @@ def plan(
             max(config.move_bytes_per_tick, largest),
         ),
     )
-    leaving = _leaving(groups)
-    place_missing(board, replicas, relocations, moves, leaving, config)
+    place_missing(board, replicas, relocations, moves, leaving & demand.keys(), config)
     even_out(board, relocations, moves, config)
 
     desired = {name: tuple(board.ranked(name)) for name in board.names}
     for group in groups:
-        if group.draining:
+        if not group.stays:
             held = sorted(group.engine.gpu, key=lambda k: (-demand.get(k, 0.0), k))
             desired[group.group] = tuple(held)
     return Plan(
         desired=desired,
         host=plan_host(serving, asked_for, sizes, desired, previous.host, config),
-        placement=_placement(board, serving),
+        placement=_placement(board, serving, [g for g in groups if g.leaving and not g.draining]),
         near=_near(serving),
         moves=tuple(moves.made),
         replicas=replicas,
@@ -236,10 +240,10 @@ def _best_first(board: Board, key: str, held: set[str], planned: set[str]) -> li
 
 
 def _leaving(groups: list[GroupReport]) -> frozenset[str]:
-    """Adapters that only draining groups hold."""
-    staying = {key for g in groups if not g.draining for key in g.engine.gpu}
-    draining = {key for g in groups if g.draining for key in g.engine.gpu}
-    return frozenset(draining - staying)
+    """Adapters that only groups on their way out hold."""
+    staying = {key for g in groups if g.stays for key in g.engine.gpu}
+    going = {key for g in groups if not g.stays for key in g.engine.gpu}
+    return frozenset(going - staying)
 
 
 def _near(serving: list[GroupReport]) -> dict[str, tuple[str, ...]]:
@@ -253,12 +257,20 @@ def _near(serving: list[GroupReport]) -> dict[str, tuple[str, ...]]:
     return {key: tuple(rank(key, names)) for key, names in (disk | near).items()}
 
 
-def _placement(board: Board, serving: list[GroupReport]) -> dict[str, tuple[str, ...]]:
-    """Where requests go: copies that are held; before the first is, the one on its way."""
+def _placement(
+    board: Board, serving: list[GroupReport], leaving: list[GroupReport]
+) -> dict[str, tuple[str, ...]]:
+    """Where requests go: copies that are held, by a leaving group if by no other; before the first
+    is, the one on its way."""
     holders: dict[str, list[str]] = {}
     for group in serving:
         for key in group.engine.gpu:
             holders.setdefault(key, []).append(group.group)
+    last: dict[str, list[str]] = {}
+    for group in leaving:
+        for key in group.engine.gpu.keys() - holders.keys():
+            last.setdefault(key, []).append(group.group)
+    holders |= last
     placement: dict[str, tuple[str, ...]] = {}
     for key in sorted(board.copies.keys() | holders.keys()):
         names = board.held_copies(key) or holders.get(key)

@@ -10,7 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GroupEntry:
-    """One worker group as the controller last saw it."""
+    """One worker group as the controller last saw it.
+
+    `draining`: it takes nothing new. `standby`: it comes or goes, and takes requests only for
+    adapters that are placed on it, or when there is no other group.
+    """
 
     deployment: str
     group: str
@@ -19,6 +23,7 @@ class GroupEntry:
     draining: bool = False
     queued: int = 0
     running: int = 0
+    standby: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,12 @@ class RoutingTable:
     def serving(self) -> dict[str, GroupEntry]:
         """Groups that take requests, by name."""
         return {e.group: e for e in self.groups if not e.draining}
+
+    @cached_property
+    def regular(self) -> list[str]:
+        """Those that take any request: all but the standby ones, unless there are no others."""
+        regular = [name for name, entry in self.serving.items() if not entry.standby]
+        return regular or list(self.serving)
 
     def to_wire(self) -> dict[str, Any]:
         return {

@@ -31,13 +31,14 @@ from .deps import GatewayDeps
 from .tokenizer import TextTokenizer
 
 GATEWAY_CPUS = 0.2
-MAX_ONGOING_REQUESTS = 1000
+# What Serve sends to a replica beyond the gateway's own limit: the gateway's refusals, which say
+# when to come again, and probes.
+SPARE_REQUESTS = 100
 REGISTER_EVERY_S = 5.0
 
 
 @serve.deployment(
     name="Gateway",
-    max_ongoing_requests=MAX_ONGOING_REQUESTS,
     ray_actor_options={"num_cpus": GATEWAY_CPUS},
 )
 @serve.ingress()

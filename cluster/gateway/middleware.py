@@ -15,6 +15,7 @@ from ..errors import ApiError
 from ..logs import begin_log_fields, log_fields
 from .answers import error_response
 from .deps import GatewayDeps
+from .generation import RETRY_AFTER_S
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,36 @@ class RequestMiddleware:
             if span is not None:
                 fields = {f"loraplex.{name}": str(value) for name, value in log_fields().items()}
                 span.end(f"{scope['method']} {route}", status, fields)
+
+
+class OpenLimitMiddleware:
+    """Refuses tenants' requests beyond the number that may be open, so that memory stays bounded;
+    probes and operators always get through."""
+
+    def __init__(self, app: ASGIApp, deps: GatewayDeps) -> None:
+        self._app = app
+        self._limit = deps.settings.max_open_requests
+        self._open = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
+        if self._open >= self._limit:
+            error = ApiError(
+                503,
+                "gateway_overloaded",
+                f"this gateway has {self._open} requests open, which is its limit; try again later",
+                kind="server_error",
+                headers={"retry-after": str(RETRY_AFTER_S)},
+            )
+            await error_response(error)(scope, receive, send)
+            return
+        self._open += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._open -= 1
 
 
 class BodyLimitMiddleware:

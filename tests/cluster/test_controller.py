@@ -142,6 +142,75 @@ def test_a_group_that_drained_before_it_left_is_not_counted_as_lost():
     assert cluster.controller.status()["totals"]["groups_lost"] == 0
 
 
+def test_a_new_group_gets_requests_once_it_holds_what_it_should_or_after_a_while():
+    cluster = Cluster(groups=1)
+    demand = dict.fromkeys(keys(3), 100)
+    cluster.step(demand, 20)
+    standby = lambda: {g.group for g in cluster.table().groups if g.standby}  # noqa: E731
+    assert not standby()  # the first has nobody to wait for
+    cluster.groups.append(new := FakeGroup("new"))
+    new.load = lambda *a, **k: None  # type: ignore[method-assign]
+    cluster.step(demand)
+    assert standby() == {"new"}
+    assert new.desired == [] or not set(new.desired) & set(new.engine.gpu)
+    cluster.step(demand)
+    assert new.desired
+    del new.load
+    cluster.step(demand, 2)
+    assert not standby()
+    assert set(new.desired) <= set(new.engine.gpu)
+
+
+def test_a_new_group_that_cannot_load_gets_requests_after_a_while():
+    cluster = Cluster(groups=1)
+    demand = dict.fromkeys(keys(3), 100)
+    cluster.step(demand, 20)
+    cluster.groups.append(slow := FakeGroup("slow"))
+    slow.load = lambda *a, **k: None  # type: ignore[method-assign]
+    ticks = round(2 * cluster.config.join_s)
+    cluster.step(demand, ticks - 2)
+    assert [g.group for g in cluster.table().groups if g.standby] == ["slow"]
+    cluster.step(demand, 4)
+    assert not any(g.standby for g in cluster.table().groups)
+
+
+def test_a_leaving_group_is_released_when_another_holds_its_adapters():
+    cluster = Cluster(groups=3)
+    demand = dict.fromkeys(keys(6), 100)
+    cluster.step(demand, 30)
+    going = next(g for g in cluster.groups if g.engine.gpu)
+    alone = set(going.engine.gpu)
+    others = [g for g in cluster.groups if g is not going]
+    for group in others:
+        group.load = lambda *a, **k: None  # type: ignore[method-assign]
+        for key in alone:
+            group.engine.gpu.pop(key, None)
+    going.report.leaving = True
+    cluster.step(demand, 3)
+    assert not going.tell(cluster.controller)["release"]
+    # It serves what no other group holds, and nothing else.
+    entries = {g.group: g for g in cluster.table().groups}
+    assert entries[going.name].standby
+    assert not entries[going.name].draining
+    assert all(cluster.table().placement[k] == (going.name,) for k in alone)
+    for group in others:
+        del group.load
+    cluster.step(demand, 4)
+    assert going.tell(cluster.controller)["release"]
+    assert all(going.name not in names for names in cluster.table().placement.values())
+    assert all(cluster.holders(k) - {going.name} for k in alone)
+
+
+def test_the_last_group_is_released_at_once():
+    cluster = Cluster(groups=2)
+    cluster.step(dict.fromkeys(keys(3), 10), 20)
+    for group in cluster.groups:
+        group.report.leaving = True
+    cluster.step()
+    assert all(g.tell(cluster.controller)["release"] for g in cluster.groups)
+    assert all(g.standby for g in cluster.table().groups)
+
+
 def test_the_version_counts_changes_and_an_unchanged_table_is_not_sent_again():
     cluster = Cluster()
     table = cluster.step(times=5)
@@ -215,6 +284,7 @@ def test_before_its_first_plan_a_controller_tells_a_group_to_keep_what_it_has():
         "desired": keys(3),
         "host": [],
         "purge": [],
+        "release": False,
     }
 
 

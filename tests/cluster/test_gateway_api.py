@@ -675,6 +675,25 @@ async def test_one_failed_choice_ends_the_others(bench):
     assert len(bench.dispatcher.requests) == 3
 
 
+async def test_a_full_gateway_says_when_to_come_again_and_answers_probes():
+    bench = make_bench(MemoryStore(), max_open_requests=3)
+    tenant = bench.tenant("acme")
+    bench.dispatcher.gate = asyncio.Event()
+    open_ = [asyncio.create_task(chat(bench, tenant.key)) for _ in range(3)]
+    async with asyncio.timeout(10):
+        while len(bench.dispatcher.requests) < 3:
+            await asyncio.sleep(0.01)
+    for stream in (False, True):
+        response = await chat(bench, tenant.key, stream=stream)
+        assert error_of(response, 503)["code"] == "gateway_overloaded"
+        assert int(response.headers["retry-after"]) >= 1
+    async with bench.client() as client:
+        assert (await client.get("/ready")).status_code == 200
+    bench.dispatcher.gate.set()
+    assert [r.status_code for r in await asyncio.gather(*open_)] == [200] * 3
+    assert (await chat(bench, tenant.key)).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_goes_away_ends_the_work(bench, stream):
     tenant = bench.tenant("acme")

@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -14,8 +16,11 @@ import pytest
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import ray
+from loraplex.cluster.control import Controller as ControllerCore
+from loraplex.cluster.control import ControllerConfig
 from loraplex.cluster.control.table import GroupEntry, RoutingTable
 from loraplex.cluster.dispatch import Dispatcher, DispatchLimits
+from loraplex.cluster.group_scaling import Scaling
 from loraplex.cluster.routing import choose
 from loraplex.cluster.worker_group import WorkerGroupConfig, worker_group_app
 from loraplex.workers import (
@@ -39,12 +44,16 @@ SECRET = b"cluster secret"
 NAMESPACE = "loraplex"
 
 
+def _advice(epoch: int, desired: Sequence[str] = (), purge: Sequence[str] = ()) -> dict[str, Any]:
+    return {"epoch": epoch, "desired": list(desired), "purge": list(purge), "release": True}
+
+
 class Controller:
     """Takes reports like the real one and tells what came."""
 
     def __init__(self) -> None:
         self.reports: dict[str, tuple[float, dict[str, Any]]] = {}
-        self.advice: dict[str, Any] = {"epoch": 2, "desired": [], "purge": []}
+        self.advice: dict[str, Any] = _advice(2)
 
     def report(self, report: dict[str, Any]) -> dict[str, Any]:
         self.reports[report["group"]] = time.monotonic(), report
@@ -160,10 +169,10 @@ async def test_a_deployment_serves_obeys_restarts_and_leaves_nothing(local_ray):
     assert await collect(request("r0", 50)) == fake.expected_tokens((1, 2), 50)
 
     # Advice of the newest epoch is obeyed, an older one's refused.
-    await controller.set_advice.remote({"epoch": 3, "desired": ["t/aa"], "purge": []})
+    await controller.set_advice.remote(_advice(3, ["t/aa"]))
     await until(lambda: [r["seen_epoch"] for r in ray.get(controller.live.remote())] == [3])
     await until(lambda: list(ray.get(controller.live.remote())[0]["engine"]["gpu"]) == ["t/aa"])
-    await controller.set_advice.remote({"epoch": 2, "desired": ["t/bb"], "purge": ["t/aa"]})
+    await controller.set_advice.remote(_advice(2, ["t/bb"], ["t/aa"]))
     await asyncio.sleep(1.2)
     [report] = ray.get(controller.live.remote())
     assert (report["seen_epoch"], list(report["engine"]["gpu"])) == (3, ["t/aa"])
@@ -204,4 +213,75 @@ async def test_a_deployment_serves_obeys_restarts_and_leaves_nothing(local_ray):
     assert await stream == fake.expected_tokens((1, 2), 200)
     await until(lambda: not any(map(alive, pids)))
     await gateway.close()
+    ray.kill(controller)
+
+
+class TickingController:
+    """The controller's core without a store; a tick for each report."""
+
+    def __init__(self) -> None:
+        self._core = ControllerCore(ControllerConfig(settle_s=0.0), time.monotonic)
+
+    def report(self, wire: dict[str, Any]) -> dict[str, Any]:
+        advice = self._core.report(wire)
+        self._core.tick()
+        return advice
+
+    def table(self, since: tuple[int, int]) -> dict[str, Any] | None:
+        self._core.tick()
+        return self._core.table(since)
+
+
+async def test_groups_are_added_replaced_and_taken_away_without_a_failed_request(local_ray):
+    controller: Any = (
+        ray.remote(TickingController)
+        .options(name="controller", namespace=NAMESPACE, num_cpus=0)
+        .remote()
+    )
+    # A fake group decodes 8 requests together and expects an end each second: 16 that are open
+    # would make a new one wait for long, and fit three groups.
+    config = WorkerGroupConfig("groups", fake.FakeProgram(0.01), SECRET, drain_timeout_s=10)
+    scaling = Scaling(max_groups=3, target_wait_s=1.0, up_after_s=0.1, down_after_s=1.0)
+
+    def deploy(config: WorkerGroupConfig) -> None:
+        app = worker_group_app(config, 1, scaling)
+        serve.run(app, name="groups", route_prefix=None, blocking=False)
+
+    async def table(since):
+        return await controller.table.remote(since)
+
+    gateway = Dispatcher(table, SECRET, choose, DispatchLimits(patience_s=30.0))
+    clients, answered = 16, 0
+
+    async def client(i: int) -> None:
+        nonlocal answered
+        while i < clients:
+            prompt = (i, answered)
+            sampling = SamplingParams(max_tokens=60)
+            request = GenerationRequest(f"{i}-{answered}", prompt, sampling, "tenant")
+            tokens = [t async for o in gateway.generate(request) for t in o.token_ids]
+            assert tokens == fake.expected_tokens(prompt, 60)
+            answered += 1
+
+    def groups() -> set[str]:
+        return {e.group for e in gateway.table.groups if not (e.draining or e.standby)}
+
+    await asyncio.to_thread(deploy, config)
+    await gateway.start()
+    await until(gateway.ready)
+    assert len(groups()) == 1
+    load = [asyncio.create_task(client(i)) for i in range(clients)]
+    await until(lambda: len(groups()) == 3, 60)
+
+    first = groups()
+    await asyncio.to_thread(deploy, replace(config, max_open=128))
+    await until(lambda: len(groups() - first) == 3 and not groups() & first, 90)
+
+    clients = 2
+    await until(lambda: len(groups()) == 1, 60)
+    clients, before = 0, answered
+    await asyncio.gather(*load)
+    assert before > 50
+    await gateway.close()
+    await asyncio.to_thread(serve.delete, "groups")
     ray.kill(controller)

@@ -1,4 +1,4 @@
-"""Groups follow the sequences that they have open."""
+"""Groups follow the wait that a new request is to expect."""
 
 from __future__ import annotations
 
@@ -8,28 +8,78 @@ from typing import Any
 
 import pytest
 from loraplex.cluster.errors import SettingsError
-from loraplex.cluster.group_scaling import METRIC, ByOpenSequences, wanted_groups
+from loraplex.cluster.group_scaling import (
+    ByExpectedWait,
+    GroupWork,
+    expected_wait_s,
+    wanted_groups,
+)
 from loraplex.cluster.settings import Settings
+from loraplex.workers import EngineReport
 
 
-def test_wanted_groups_hold_the_load_and_one_fewer_would_not() -> None:
-    for _ in range(200):
-        loads = [random.randrange(200) for _ in range(random.randrange(1, 9))]
-        target = random.uniform(1, 64)
-        groups = wanted_groups(loads, target)
-        assert sum(loads) <= groups * target + 1e-6
-        assert groups == 1 or sum(loads) > (groups - 1) * target - 1e-6
-    assert wanted_groups([], 8.0) == 1
+def some_works() -> list[GroupWork]:
+    return [
+        GroupWork(
+            random.choice([0.0, random.uniform(0, 20)]),
+            random.choice([0.0, random.uniform(0, 400)]),
+            rows=64,
+            end_s=random.choice([0.0, random.uniform(0, 1)]),
+        )
+        for _ in range(random.randrange(1, 9))
+    ]
+
+
+def test_wanted_groups_keep_the_target_and_one_fewer_would_not() -> None:
+    for _ in range(500):
+        works, target, most = some_works(), random.uniform(0.1, 5), random.randrange(1, 20)
+        groups = wanted_groups(works, 1, target, most)
+        assert 1 <= groups <= most
+        assert groups == most or expected_wait_s(works, groups) <= target
+        assert groups == 1 or expected_wait_s(works, groups - 1) > target
+
+
+def test_groups_are_taken_away_only_where_the_others_would_wait_much_less() -> None:
+    for _ in range(500):
+        works, target, now = some_works(), random.uniform(0.1, 5), random.randrange(1, 12)
+        groups = wanted_groups(works, now, target, 12)
+        if groups < now:
+            assert expected_wait_s(works, groups) <= target / 2
+        # The same load asks for no further change.
+        assert wanted_groups(works, groups, target, 12) == groups
+
+
+def test_waiting_prompts_and_full_groups_ask_for_more_and_many_short_requests_dont() -> None:
+    idle = GroupWork(0.0, 0.0, 64, 0.01)
+    assert wanted_groups([idle] * 4, 4, 1.0, 8) == 1
+    prompts = GroupWork(6.0, 3.0, 64, 0.01)
+    assert wanted_groups([prompts], 1, 1.0, 8) == 8  # 8 s of prompts, with the headroom
+    rows = GroupWork(0.0, 96.0, 64, 0.1)  # 128 for 64 rows
+    assert wanted_groups([rows], 1, 1.0, 8) == 2
+    short = GroupWork(0.0, 96.0, 64, 0.001)  # as many, but 65 of them end in 65 ms
+    assert wanted_groups([short], 1, 1.0, 8) == 1
 
 
 def test_the_policy_reads_what_groups_report_and_stays_where_none_did() -> None:
     def context(metrics: Any) -> Any:
-        return SimpleNamespace(aggregated_metrics=metrics, target_num_replicas=3)
+        return SimpleNamespace(
+            aggregated_metrics=metrics, target_num_replicas=3, capacity_adjusted_max_replicas=6
+        )
 
-    policy = ByOpenSequences(target=10.0)
-    assert policy(context({METRIC: {"a": 12.0, "b": 19.0}})) == (4, {})
-    assert policy(context({METRIC: {"a": 0.0}})) == (1, {})
-    for nothing in (None, {}, {METRIC: {}}, {"other": {"a": 50.0}}):
+    def metrics(**works: GroupWork) -> dict[str, dict[str, float]]:
+        names = works[min(works)].to_metrics()
+        return {n: {r: w.to_metrics()[n] for r, w in works.items()} for n in names}
+
+    busy = EngineReport(
+        running=60, queued=60, max_running=60, prompt_tokens_pending=3000, token_s=0.001, end_s=0.05
+    )
+    assert GroupWork.of(busy) == GroupWork(3.0, 120, 60, 0.05)
+    policy = ByExpectedWait(target_wait_s=1.0)
+    assert policy(context(metrics(a=GroupWork.of(busy), b=GroupWork.of(busy)))) == (6, {})
+    assert policy(context(metrics(a=GroupWork.of(EngineReport(max_running=60))))) == (1, {})
+    partial = metrics(a=GroupWork.of(busy))
+    del partial["rows"]["a"]
+    for nothing in (None, {}, partial, {"other": {"a": 50.0}}):
         assert policy(context(nothing)) == (3, {})
 
 

@@ -28,6 +28,7 @@ class Group:
     capacity: int
     gpu: dict[str, int] = field(default_factory=dict)
     draining: bool = False
+    leaving: bool = False
 
     def report(self, disk: dict[str, int] | None = None) -> GroupReport:
         # As busy as makes a copy's fill its adapter's demand in groups' fair shares.
@@ -38,7 +39,9 @@ class Group:
             gpu=dict(self.gpu),
             disk=dict(disk or {}),
         )
-        return GroupReport("workers", self.name, "127.0.0.1", 1, 2, self.draining, engine)
+        return GroupReport(
+            "workers", self.name, "127.0.0.1", 1, 2, self.draining, engine, leaving=self.leaving
+        )
 
     def load(self, key: str, size: int, wanted: tuple[str, ...]) -> bool:
         while sum(self.gpu.values()) + size > self.capacity:
@@ -88,14 +91,16 @@ class World:
 def check(world: World, new: Plan) -> None:
     """What holds for every plan."""
     old = world.last
-    serving = {n: g for n, g in world.groups.items() if not g.draining}
-    planned = {k: {g for g in serving if k in new.desired[g]} for k in world.demand}
+    serving = {n: g for n, g in world.groups.items() if not (g.draining or g.leaving)}
+    last_resort = {n: g for n, g in world.groups.items() if g.leaving and not g.draining}
+    # What nobody asks for is planned for where its last holder leaves.
+    planned = {k: {g for g in serving if k in new.desired[g]} for k in world.sizes | world.demand}
     assert new.desired.keys() == world.groups.keys()
     for name, group in world.groups.items():
         keys = new.desired[name]
         assert len(set(keys)) == len(keys)
         assert sum(world.sizes[k] for k in keys) <= group.capacity
-        if group.draining:
+        if group.draining or group.leaving:
             assert set(keys) == set(group.gpu)
     # The budget: moves cost no more than what was saved up to one tick's, or one adapter's.
     spent = sum(m.nbytes for m in new.moves)
@@ -112,18 +117,22 @@ def check(world: World, new: Plan) -> None:
         if kept_last and groups:
             assert holders, f"{key}: held by {kept_last}, planned for {groups} only"
         # What is dropped altogether made room for something that is asked for more.
-        if kept_last and not groups and world.demand[key] >= CONFIG.min_rate:
+        if kept_last and not groups and world.demand.get(key, 0.0) >= CONFIG.min_rate:
             for group in kept_last:
                 came = set(new.desired[group]) - set(old.desired[group])
-                assert any(world.demand[k] > world.demand[key] for k in came)
+                assert any(world.demand.get(k, 0.0) > world.demand[key] for k in came)
         # Requests go where the adapter is; to one group only while it is nowhere.
         routed = set(new.placement.get(key, ()))
         if holders:
             assert routed == holders
-        elif groups and not any(key in g.gpu for g in serving.values()):
-            assert len(routed) == 1
-            assert routed <= groups
-    assert all(set(names) <= serving.keys() for names in new.placement.values())
+        elif not any(key in g.gpu for g in serving.values()):
+            if leaving := {n for n, g in last_resort.items() if key in g.gpu}:
+                assert routed == leaving
+            elif groups:
+                assert len(routed) == 1
+                assert routed <= groups
+    going = serving.keys() | last_resort.keys()
+    assert all(set(names) <= going for names in new.placement.values())
 
 
 KEYS = [f"t{i % 3}/{i:02d}" for i in range(12)]
@@ -153,7 +162,8 @@ def worlds(draw, min_groups=1, fits_all=False):
 def test_every_plan_keeps_its_promises_whatever_happens_between_ticks(world, data):
     numbers = itertools.count(10)
     for _ in range(data.draw(st.integers(1, 12))):
-        event = data.draw(st.sampled_from(["none", "demand", "join", "die", "drain", "cold"]))
+        events = ["none", "demand", "join", "die", "drain", "leave", "cold"]
+        event = data.draw(st.sampled_from(events))
         names = sorted(world.groups)
         if event == "demand":
             world.demand[data.draw(st.sampled_from(KEYS))] = data.draw(RATES)
@@ -164,6 +174,8 @@ def test_every_plan_keeps_its_promises_whatever_happens_between_ticks(world, dat
             del world.groups[data.draw(st.sampled_from(names))]
         elif event == "drain" and names:
             world.groups[data.draw(st.sampled_from(names))].draining = True
+        elif event == "leave" and names:
+            world.groups[data.draw(st.sampled_from(names))].leaving = True
         elif event == "cold" and names:  # a request makes a group load an adapter by itself
             group = world.groups[data.draw(st.sampled_from(names))]
             key = data.draw(st.sampled_from(KEYS))
@@ -355,6 +367,35 @@ def test_a_draining_groups_adapters_are_loaded_elsewhere_before_it_leaves():
         assert all("g1" not in names for names in new.placement.values())
     others = {k for n in ("g0", "g2") for k in world.groups[n].gpu}
     assert set(world.demand) <= others
+
+
+def test_a_leaving_group_keeps_its_requests_until_another_holds_their_adapters():
+    world = uniform(groups=3, capacity=100, adapters=12, size=10, rate=1.0)
+    world.settle()
+    held = set(world.groups["g1"].gpu)
+    assert held
+    world.groups["g1"].leaving = True
+    new = world.tick(obey=False)
+    assert {k for k, names in new.placement.items() if names == ("g1",)} == held
+    new = world.tick()
+    world.tick()
+    assert all("g1" not in names for names in world.last.placement.values())
+    assert set(world.last.placement) == set(world.demand)
+
+
+def test_last_copies_of_what_nobody_asks_for_are_handed_over_where_there_is_room():
+    for capacity, expected in ((120, True), (60, False)):
+        world = uniform(groups=2, capacity=capacity, adapters=12, size=10, rate=1.0)
+        for i, key in enumerate(sorted(world.sizes)):
+            world.groups[f"g{i % 2}"].gpu[key] = 10
+        idle = "t/011"  # on g1
+        del world.demand[idle]
+        before = set(world.groups["g0"].gpu)
+        world.groups["g1"].leaving = True
+        for _ in range(10):
+            world.tick()
+        assert (idle in world.groups["g0"].gpu) == expected
+        assert before <= world.groups["g0"].gpu.keys()
 
 
 def test_load_is_evened_out_one_adapter_at_a_time_and_never_unheld():

@@ -237,3 +237,22 @@ def test_the_prefix_record_is_bounded_and_keeps_the_newest():
         assert len(record) <= 50
     assert record.cached(record.blocks("t/a", [99] * 320)) == {"g": 320}
     assert record.cached(record.blocks("t/a", [0] * 320)) == {}
+
+
+def test_a_standby_group_is_asked_for_what_is_placed_on_it_alone():
+    names = [f"g{i}" for i in range(4)]
+    table = table_of(names)
+    table = replace(table, groups=tuple(replace(g, standby=g.group == "g1") for g in table.groups))
+    draws = [random.getrandbits(64) for _ in range(50)]
+    for prompt_hash in draws:
+        assert choose(table, None, prompt_hash, {}).group != "g1"
+        assert choose(table, KEY, prompt_hash, {}).group != "g1"
+        # Not for what others are too busy with, either.
+        busy = {name: 100.0 for name in names if name != "g1"}
+        assert choose(table, KEY, prompt_hash, busy).group != "g1"
+        placed = replace(table, placement={KEY: ("g1",)})
+        assert choose(placed, KEY, prompt_hash, {}).group == "g1"
+        # Better than none.
+        assert choose(table, KEY, prompt_hash, {}, frozenset(names) - {"g1"}).group == "g1"
+        alone = replace(table, groups=tuple(replace(g, standby=True) for g in table.groups))
+        assert choose(alone, None, prompt_hash, {}).group in names

@@ -29,7 +29,7 @@ def service(
     with ExitStack() as stack:
         run = Up(folder / "data", free_port(), LORAPLEX_POOL_BYTES=str(POOL_BYTES))
         stack.callback(run.kill_everything)
-        service = Service(run.wait_ready(), run.data)
+        service = Service(run.wait_ready(), run.data, run.process.pid)
         stack.callback(run.wait_gone)
         stack.callback(run.process.terminate)
         stack.callback(service.close)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 from loraplex.adapter_store import ObjectStore
 from openai import DefaultHttpxClient, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.runs import DEMO
+from tests.e2e.runs import DEMO, alive
 
 BASE = "loraplex-demo"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -89,9 +90,10 @@ class Service:
     Args:
         facts: of its demo.json.
         data: its data folder.
+        pid: of its process.
     """
 
-    def __init__(self, facts: dict[str, Any], data: Path) -> None:
+    def __init__(self, facts: dict[str, Any], data: Path, pid: int = 0) -> None:
         self.url: str = facts["url"]
         self.admin_key: str = facts["admin_key"]
         self.tenants = {t["name"]: Tenant(self.url, t["name"], t["key"]) for t in facts["tenants"]}
@@ -105,6 +107,7 @@ class Service:
             trust_env=False,
         )
         self._data = data
+        self._pid = pid
 
     @property
     def any_tenant(self) -> Tenant:
@@ -146,6 +149,23 @@ class Service:
     def metrics_port(self) -> int:
         """Of the controller's admin side."""
         return self.admin.get("/admin/v1/placement").json()["metrics_port"]
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Those of the service that live, by the beginning of their command line."""
+        return [
+            p
+            for p in psutil.Process(self._pid).children(recursive=True)
+            if alive(p) and " ".join(p.cmdline()).startswith(title)
+        ]
+
+    def placement(self) -> dict[str, Any]:
+        """What the controller tells operators; {} while there is none."""
+        response = self.admin.get("/admin/v1/placement")
+        return response.json() if response.is_success else {}
+
+    def serving(self) -> set[str]:
+        """Names of the groups that take requests."""
+        return {g["group"] for g in self.placement().get("groups", ()) if not g["draining"]}
 
     def close(self) -> None:
         self.admin.close()

@@ -54,7 +54,7 @@ class FakeEngine:
     def __init__(self, step_s: float):
         self._step_s = step_s
         self._running: dict[str, tuple[GenerationRequest, int, int]] = {}
-        self._report = EngineReport(pool_bytes_total=1000)
+        self._report = EngineReport(pool_bytes_total=1000, max_running=8, end_s=1.0)
 
     def submit(self, request: GenerationRequest) -> None:
         history = request.prompt_ids + request.output_ids

@@ -27,3 +27,15 @@ def test_a_full_engine_waits_for_ends():
     assert pace.wait_s(0, 3, 4) == pytest.approx(0.010)
     assert pace.wait_s(0, 4, 4) == pytest.approx(0.010 + 0.020)
     assert pace.wait_s(0, 9, 0) == pytest.approx(0.010 + 10 * 0.020)
+
+
+def test_time_without_an_end_counts_for_how_often_requests_end():
+    pace = Pace()
+    for _ in range(50):
+        pace.stepped(0.010, 0, 1)
+    assert pace.ends_every_s == pytest.approx(0.010)
+    for _ in range(100):
+        pace.stepped(0.010, 0, 0)
+    assert pace.ends_every_s == pytest.approx(1.0)
+    pace.stepped(0.010, 0, 1)
+    assert pace.ends_every_s == pace.end_s
