@@ -6,7 +6,7 @@
 from .baselines import HashLru, RayMultiplex, TwoChoices
 from .dynamo import Dynamo
 from .generate import Workload, generate
-from .hardware import Hardware
+from .hardware import Hardware, StepCosts
 from .loraplex import Loraplex
 from .plot import bars
 from .policy import Advice, Policy
@@ -29,6 +29,7 @@ __all__ = [
     "RayMultiplex",
     "Scenario",
     "SimulationError",
+    "StepCosts",
     "Summary",
     "Trace",
     "TraceError",

@@ -80,9 +80,12 @@ class SimPool:
 
     def advise(self, desired: Iterable[str]) -> None:
         """What the controller wants here; it comes when there is room."""
+        self._set_desired(desired)
+        self._retry()
+
+    def _set_desired(self, desired: Iterable[str]) -> None:
         self._desired = tuple(desired)
         self._desired_set = frozenset(self._desired)
-        self._retry()
 
     def shut(self) -> None:
         """The group died: what was on its way goes nowhere."""
@@ -147,7 +150,13 @@ class SimPool:
             self._used_bytes -= self._state.pop(victim).nbytes
             del self.resident[victim]
             self.evictions += 1
+            self._forget_desired(victim)
         return True
+
+    def _forget_desired(self, key: str) -> None:
+        """It gave way to a request: it isn't brought back unless the controller says so again."""
+        if key in self._desired_set:
+            self._set_desired(k for k in self._desired if k != key)
 
     def _copy(self, key: str) -> None:
         nbytes = self._sizes[key]
@@ -155,7 +164,8 @@ class SimPool:
         self._copying.add(key)
         self.bytes_loaded += nbytes
         start = max(self._clock.now, self._copy_free_at)
-        self._copy_free_at = start + nbytes / self._hardware.gpu_bytes_s
+        hw = self._hardware
+        self._copy_free_at = start + hw.load_latency_s + nbytes / hw.gpu_bytes_s
         self._clock.at(self._copy_free_at, lambda: self._copied(key))
 
     def _copied(self, key: str) -> None:

@@ -45,7 +45,10 @@ class NodeTiers:
     Outlives the group's process, as the node's memory and disk do.
     """
 
-    def __init__(self, clock: Clock, hardware: Hardware, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, name: str, clock: Clock, hardware: Hardware, sizes: Mapping[str, int]
+    ) -> None:
+        self.name = name
         self._clock, self._hardware, self._sizes = clock, hardware, sizes
         self.host = ByteCache(hardware.host_bytes)
         self.disk = ByteCache(hardware.disk_bytes)
