@@ -5,6 +5,7 @@
 
 from .baselines import HashLru, RayMultiplex, TwoChoices
 from .dynamo import Dynamo
+from .floor import Floor, floor
 from .generate import Workload, generate
 from .hardware import Hardware, StepCosts
 from .loraplex import Loraplex
@@ -21,6 +22,7 @@ __all__ = [
     "Advice",
     "Dynamo",
     "Fault",
+    "Floor",
     "Hardware",
     "HashLru",
     "Loraplex",
@@ -39,6 +41,7 @@ __all__ = [
     "Workload",
     "bars",
     "compare",
+    "floor",
     "generate",
     "load_trace",
     "save_trace",

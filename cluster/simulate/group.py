@@ -99,7 +99,7 @@ class SimGroup:
         self.name, self.hardware, self.tiers = name, hardware, tiers
         self._clock, self._ended = clock, ended
         self._cores = cores or Cores(hardware)
-        self.pool = SimPool(clock, hardware, sizes, tiers, self._adapter_came)
+        self.pool = SimPool(clock, hardware, sizes, tiers, self._adapter_came, self._cores)
         self.pace = Pace()
         self.report = EngineReport(
             pool_bytes_total=hardware.pool_bytes, max_running=hardware.max_running

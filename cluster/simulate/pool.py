@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from .clock import Clock
+from .cores import Cores
 from .hardware import Hardware
 from .tiers import NodeTiers
 
@@ -27,6 +28,7 @@ class SimPool:
     Args:
         sizes: adapter key -> bytes.
         loaded: told the key of each adapter that has come.
+        cores: of its group.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class SimPool:
         sizes: Mapping[str, int],
         tiers: NodeTiers,
         loaded: Callable[[str], None],
+        cores: Cores,
     ) -> None:
+        self._cores = cores
         self._clock, self._hardware, self._sizes, self._tiers = clock, hardware, sizes, tiers
         self._loaded = loaded
         self.resident: dict[str, int] = {}  # key -> bytes, as a group's report has it
@@ -165,7 +169,8 @@ class SimPool:
         self.bytes_loaded += nbytes
         start = max(self._clock.now, self._copy_free_at)
         hw = self._hardware
-        self._copy_free_at = start + hw.load_latency_s + nbytes / hw.gpu_bytes_s
+        latency_s = hw.load_latency_s * self._cores.slowed
+        self._copy_free_at = start + latency_s + nbytes / hw.gpu_bytes_s
         self._clock.at(self._copy_free_at, lambda: self._copied(key))
 
     def _copied(self, key: str) -> None:

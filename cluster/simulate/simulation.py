@@ -48,12 +48,12 @@ class _World:
         self.clock = Clock()
         self._policy, self._hardware = policy, hardware
         self._sizes = trace.sizes
+        self._cores = Cores(hardware)
         nodes = [
-            NodeTiers(_name(i), self.clock, hardware, self._sizes)
+            NodeTiers(_name(i), self.clock, hardware, self._sizes, self._cores)
             for i in range(1 if hardware.shared_node else groups)
         ]
         self._tiers = {_name(i): nodes[i % len(nodes)] for i in range(groups)}
-        self._cores = Cores(hardware)
         self._dead: list[SimGroup] = []  # their counters still count
         self._stranded: list[Run] = []  # came while no group lived
         self.groups: dict[str, SimGroup] = {}
