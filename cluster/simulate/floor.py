@@ -1,4 +1,4 @@
-"""Bytes that no rule for placement and routing gets around, on a trace."""
+"""Bytes that rules for placement and routing don't get around, on a trace."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from .trace import Trace
 
 @dataclass(frozen=True)
 class Floor:
-    """GB after the warm-up. pools: copied into them; s3: fetched from the store."""
+    """GB after the warm-up: copied into pools, fetched from the store."""
 
     gpu_gb: float
     s3_gb: float
 
 
 def floor(trace: Trace, pool_bytes: int, warmup_s: float = 0.0) -> Floor:
-    """The least that can move from `warmup_s` on, for who knows all requests beforehand.
+    """The least that can move from `warmup_s` on, for who knows all requests beforehand and serves
+    each as it comes. (Who lets requests wait for long can serve several by one load. What the
+    store sends is a floor for them too, and of what is copied into pools.)
 
     All pools count as one, no adapter needs a second copy, and parts of adapters may stay: what
     gives way is what is asked for latest (Belady 1966), which is optimal where a miss costs its
