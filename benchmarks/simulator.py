@@ -3,8 +3,9 @@
     python benchmarks/simulator.py                 # a few minutes on one core
     python benchmarks/simulator.py --only zipf-1   # prints, writes nothing
 
-All policies see the same traces. Time to first token and bytes moved (into pools, from disks and
-from the object store) are of what comes after each scenario's warm-up. Writes
+All policies see the same traces. The floor is what must move for anybody, even with all requests
+known beforehand (`loraplex.cluster.simulate.floor`). Time to first token and bytes moved (into
+pools, from disks and from the object store) are of what comes after each scenario's warm-up. Writes
 benchmarks/results/simulator/comparison.json and two SVGs; the same seed gives the same file.
 """
 
@@ -17,13 +18,23 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from loraplex.cluster.simulate import SCENARIOS, Hardware, Summary, bars, compare, generate
+from loraplex.cluster.simulate import (
+    SCENARIOS,
+    Floor,
+    Hardware,
+    Summary,
+    bars,
+    compare,
+    floor,
+    generate,
+)
 
 RESULTS = Path(__file__).resolve().parent / "results" / "simulator"
 
 
-def show(name: str, rows: list[Summary], seconds: float) -> None:
+def show(name: str, rows: list[Summary], least: Floor, seconds: float) -> None:
     print(f"{name}  ({seconds:.0f} s of CPU)")
+    print(f"  {'floor':51}  pools {least.gpu_gb:8.1f} GB  disk    0.0  s3 {least.s3_gb:7.1f}")
     for s in rows:
         print(
             f"  {s.policy:9} p50 {s.p50_ttft_s:8.3f}  p99 {s.p99_ttft_s:8.3f} s  "
@@ -40,19 +51,26 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     results: dict[str, list[Summary]] = {}
+    floors: dict[str, Floor] = {}
     for name, scenario in SCENARIOS.items():
         if args.only in (None, name):
             started = time.process_time()
             trace = generate(scenario.work, args.seed)
             results[name] = compare(trace, scenario.groups, scenario.warmup_s, args.seed)
-            show(name, results[name], time.process_time() - started)
+            pools = scenario.groups * Hardware().pool_bytes
+            floors[name] = floor(trace, pools, scenario.warmup_s)
+            show(name, results[name], floors[name], time.process_time() - started)
     if args.only is None:
         args.out.mkdir(parents=True, exist_ok=True)
         report = {
             "seed": args.seed,
             "hardware": asdict(Hardware()),
             "scenarios": {
-                name: {**asdict(SCENARIOS[name]), "results": [asdict(s) for s in rows]}
+                name: {
+                    **asdict(SCENARIOS[name]),
+                    "floor": asdict(floors[name]),
+                    "results": [asdict(s) for s in rows],
+                }
                 for name, rows in results.items()
             },
         }

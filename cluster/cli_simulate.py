@@ -57,6 +57,7 @@ def simulate_command(
         Hardware,
         bars,
         compare,
+        floor,
         generate,
         load_trace,
         save_trace,
@@ -74,16 +75,20 @@ def simulate_command(
     hardware = Hardware()
     if pool_gb is not None:
         hardware = replace(hardware, pool_bytes=int(pool_gb * 1e9))
+    groups = chosen.groups if groups is None else groups
+    warmup = chosen.warmup_s if warmup is None else warmup
     rows = compare(
         requests,
-        chosen.groups if groups is None else groups,
-        chosen.warmup_s if warmup is None else warmup,
+        groups,
+        warmup,
         seed,
         wanted,
         hardware,
         slo,
     )
-    print_table(Console(), _TITLES, [_row(s) for s in rows])
+    least = floor(requests, groups * hardware.pool_bytes, warmup)
+    bound = ("floor", *[""] * 5, f"{least.gpu_gb:.1f} GB", "", f"{least.s3_gb:.1f} GB")
+    print_table(Console(), _TITLES, [*(_row(s) for s in rows), bound])
     if out is not None:
         figures = {"settings": requests.settings, "results": [asdict(s) for s in rows]}
         out.write_text(json.dumps(figures, indent=1) + "\n")

@@ -117,10 +117,13 @@ class Controller:
         purge = self._purges.advise(name, report.engine, now)
         purging = self._purges.pending(self._reports)
         # Before the first plan, a group should keep what it has.
-        desired = self._plan.desired.get(name, tuple(report.engine.gpu))
+        held = report.engine.gpu
+        desired = self._plan.desired.get(name, tuple(held))
+        # What it gave up since the plan isn't to come back before the next plan has seen that.
+        told = (k for k in desired if k in held or (k, name) in self._plan.waiting)
         return {
             "epoch": self._epoch,
-            "desired": [key for key in desired if key not in purging],
+            "desired": [key for key in told if key not in purging],
             "host": [key for key in self._plan.host.get(name, ()) if key not in purging],
             "purge": purge,
             "release": name in self._released,

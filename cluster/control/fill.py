@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from collections.abc import Set as AbstractSet
 
 from .board import Board
@@ -37,14 +37,21 @@ def place_missing(
     relocations: dict[str, tuple[str, str]],
     moves: Moves,
     leaving: AbstractSet[str],
+    wanted_first: Container[str],
     config: PlacementConfig,
 ) -> None:
     """Adds the copies that are missing, the most worth first; before all others those of which
-    a draining group takes the last one with it (`leaving`)."""
+    a draining group takes the last one with it (`leaving`).
+
+    Args:
+        wanted_first: adapters that are brought before a request asks for them, though no group
+            holds them by plan.
+    """
     missing = [
         (key not in leaving or nth > 1, -board.demand[key] / nth, key)
         for key, count in replicas.items()
         for nth in range(board.count(key) + 1, count + 1)
+        if nth > 1 or key in wanted_first
     ]
     fixed = {(key, group) for key, pair in relocations.items() for group in pair}
     making_room = bool(relocations)

@@ -60,7 +60,7 @@ def plan(
         key: _replicas(rate, busy * rate / total, board, key, previous.replicas.get(key, 1), config)
         for key, rate in rates.items()
     }
-    relocations = _keep(board, replicas, previous, overdue)
+    relocations = _keep(board, replicas, previous, overdue | _evicted(board, previous, spare))
     largest = max((sizes[key] for key in rates), default=0)
     moves = Moves(
         board,
@@ -69,7 +69,8 @@ def plan(
             max(config.move_bytes_per_tick, largest),
         ),
     )
-    place_missing(board, replicas, relocations, moves, leaving & demand.keys(), config)
+    first = leaving | _lost(previous, groups) if spare else rates
+    place_missing(board, replicas, relocations, moves, leaving & demand.keys(), first, config)
     even_out(board, relocations, moves, config)
 
     desired = {name: tuple(board.ranked(name)) for name in board.names}
@@ -194,16 +195,19 @@ def _keep(
     board: Board,
     replicas: Mapping[str, int],
     previous: Plan,
-    overdue: AbstractSet[tuple[str, str]],
+    given_up: AbstractSet[tuple[str, str]],
 ) -> dict[str, tuple[str, str]]:
     """Puts on the board what is already there or on its way, and trims surplus copies.
+
+    Args:
+        given_up: (adapter key, group) pairs that aren't on their way any more.
 
     Returns the relocations that go on.
     """
     wanted: dict[str, set[str]] = {}
     for group in board.names:
         for key in previous.desired.get(group, ()):
-            if board.holds(group, key) or (key, group) not in overdue:
+            if board.holds(group, key) or (key, group) not in given_up:
                 wanted.setdefault(key, set()).add(group)
     relocations: dict[str, tuple[str, str]] = {}
     counts: dict[str, int] = {}
@@ -232,6 +236,19 @@ def _keep(
     }
 
 
+def _evicted(board: Board, previous: Plan, spare: float) -> frozenset[tuple[str, str]]:
+    """Copies that their groups had and gave up, where pools don't hold all: requests for others
+    would push them out again as often as they were brought back."""
+    if not spare:
+        return frozenset()
+    return frozenset(
+        (key, group)
+        for group in board.names
+        for key in previous.desired.get(group, ())
+        if not board.holds(group, key) and (key, group) not in previous.waiting
+    )
+
+
 def _best_first(board: Board, key: str, held: set[str], planned: set[str]) -> list[str]:
     groups = held | planned
     if len(groups) < 2:
@@ -244,6 +261,14 @@ def _leaving(groups: list[GroupReport]) -> frozenset[str]:
     staying = {key for g in groups if g.stays for key in g.engine.gpu}
     going = {key for g in groups if not g.stays for key in g.engine.gpu}
     return frozenset(going - staying)
+
+
+def _lost(previous: Plan, groups: list[GroupReport]) -> frozenset[str]:
+    """Adapters that the last plan wanted in groups that are gone."""
+    here = {g.group for g in groups}
+    return frozenset(
+        key for group, keys in previous.desired.items() if group not in here for key in keys
+    )
 
 
 def _near(serving: list[GroupReport]) -> dict[str, tuple[str, ...]]:

@@ -15,7 +15,8 @@ class PlacementConfig:
             until the room is needed.
         spare: share of the pools that is left to adapters nobody planned for, once what is asked
             for exceeds the pools: else every rare adapter's request would push out one that comes
-            back at once.
+            back at once. First copies are brought by requests then, not by the planner, which
+            only chooses what stays.
         replica_min_rate: weighted tokens/s below which an adapter gets no second copy, and below
             which load isn't evened out between groups.
         replica_fill: how much of a group (running and waiting requests to those that it decodes

@@ -5,8 +5,9 @@
 
 from .baselines import HashLru, RayMultiplex, TwoChoices
 from .dynamo import Dynamo
+from .floor import Floor, floor
 from .generate import Workload, generate
-from .hardware import Hardware
+from .hardware import Hardware, StepCosts
 from .loraplex import Loraplex
 from .plot import bars
 from .policy import Advice, Policy
@@ -21,6 +22,7 @@ __all__ = [
     "Advice",
     "Dynamo",
     "Fault",
+    "Floor",
     "Hardware",
     "HashLru",
     "Loraplex",
@@ -29,6 +31,7 @@ __all__ = [
     "RayMultiplex",
     "Scenario",
     "SimulationError",
+    "StepCosts",
     "Summary",
     "Trace",
     "TraceError",
@@ -38,6 +41,7 @@ __all__ = [
     "Workload",
     "bars",
     "compare",
+    "floor",
     "generate",
     "load_trace",
     "save_trace",

@@ -16,6 +16,7 @@ from typing import Protocol
 from ...workers import EngineReport, GroupReport, Pace
 from ..routing import GroupLoad
 from .clock import Clock
+from .cores import Cores
 from .hardware import Hardware
 from .pool import SimPool
 from .tiers import NodeTiers
@@ -80,6 +81,7 @@ class SimGroup:
         sizes: adapter key -> bytes.
         tiers: of its node.
         ended: told of each run that has all its tokens.
+        cores: that it shares with other groups; None: it has its own.
         queue: makes the waiting queue.
     """
 
@@ -91,11 +93,13 @@ class SimGroup:
         sizes: dict[str, int],
         tiers: NodeTiers,
         ended: Callable[[Run], None],
+        cores: Cores | None = None,
         queue: Callable[[], Queue] = Fifo,
     ) -> None:
         self.name, self.hardware, self.tiers = name, hardware, tiers
         self._clock, self._ended = clock, ended
-        self.pool = SimPool(clock, hardware, sizes, tiers, self._adapter_came)
+        self._cores = cores or Cores(hardware)
+        self.pool = SimPool(clock, hardware, sizes, tiers, self._adapter_came, self._cores)
         self.pace = Pace()
         self.report = EngineReport(
             pool_bytes_total=hardware.pool_bytes, max_running=hardware.max_running
@@ -150,7 +154,7 @@ class SimGroup:
         r = self.report
         r.queued, r.running, r.steps = self._waiting, self.running, self._steps
         r.wait_s, r.token_s = load.wait_s, load.token_s
-        return GroupReport("sim", self.name, self.name, 1, 0, False, r)
+        return GroupReport("sim", self.name, self.tiers.name, 1, 0, False, r)
 
     # Events
 
@@ -170,6 +174,7 @@ class SimGroup:
         if self._stretch is not None:
             done += self._stretch.whole_steps(self._clock.now)
         self._stretch = None
+        self._cores.idle(self)
         for _, _, run in self._decoding:
             run.done += min(done - run.begun_at, run.request.output_tokens - 1 - run.done)
         blocked = [run for runs in self._waiting_for.values() for run in runs]
@@ -191,7 +196,12 @@ class SimGroup:
         """Something may start: a stretch of steps ends with the one that runs."""
         if self._stretch is None:
             self._begin()
-        elif self._stretch.steps > 1:
+        else:
+            self.pace_changed()
+
+    def pace_changed(self) -> None:
+        """The steps after the one that runs will take longer or shorter."""
+        if self._stretch is not None and self._stretch.steps > 1:
             self._stretch = self._stretch.cut(self._clock.now)
             self._schedule(self._stretch)
 
@@ -203,9 +213,11 @@ class SimGroup:
         prompt_tokens = self._prefill_chunk()
         rows = len(self._decoding)
         if not rows and not prompt_tokens:
+            self._cores.idle(self)
             return
+        slowed = self._cores.busy(self)
         steps = 1 if prompt_tokens else max(1, self._decoding[0][0] - self._steps)
-        seconds = self.hardware.step_s(rows, prompt_tokens, len(self._adapters))
+        seconds = self.hardware.step_s(rows, prompt_tokens, len(self._adapters)) * slowed
         self._stretch = _Stretch(self._clock.now, steps, seconds, prompt_tokens)
         self._schedule(self._stretch)
 

@@ -6,13 +6,47 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Rows in a step -> microseconds of 12 layers on an H100 (base model; what one adapter adds), from
-# benchmarks/results/h100/engine.json: decode up to 64 rows, prefill at 8,192 tokens a step.
-_BASE_US = ((1, 996.0), (8, 2656.0), (32, 4775.0), (64, 5408.0), (8192, 30626.0))
-_LORA_US = ((1, 125.0), (8, 187.0), (32, 355.0), (64, 355.0), (8192, 11230.0))
-_MEASURED_LAYERS = 12
-_FURTHER_ADAPTER_US = 20.0  # each after the first, in 12 layers: (32, 32) and (64, 32) there
-_HEAD_US = 300.0  # lm_head and sampling: `step` less `forward`
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of a step by its rows, decoded and prompt tokens together.
+
+    Args:
+        base: (rows, seconds) of the base model, rows ascending; linear between and beyond.
+        lora: (rows, seconds) that one adapter adds.
+        further_adapter_s: that each after the first adds.
+    """
+
+    base: tuple[tuple[int, float], ...]
+    lora: tuple[tuple[int, float], ...]
+    further_adapter_s: float = 0.0
+
+    def seconds(self, rows: int, adapters: int) -> float:
+        """
+        Args:
+            adapters: distinct ones in the step.
+        """
+        seconds = _interpolate(self.base, rows)
+        if adapters:
+            seconds += _interpolate(self.lora, rows) + self.further_adapter_s * (adapters - 1)
+        return seconds
+
+
+def _h100(layers: int) -> StepCosts:
+    """From benchmarks/results/h100/engine.json: 12 layers, decode up to 64 rows, prefill at 8,192
+    tokens a step; lm_head and sampling are `step` less `forward` there, and what each adapter
+    after the first costs is that of its (32, 32) and (64, 32)."""
+    base_us = ((1, 996.0), (8, 2656.0), (32, 4775.0), (64, 5408.0), (8192, 30626.0))
+    lora_us = ((1, 125.0), (8, 187.0), (32, 355.0), (64, 355.0), (8192, 11230.0))
+    head_us, further_us, times = 300.0, 20.0, layers / 12
+    return StepCosts(
+        tuple((rows, (us * times + head_us) * 1e-6) for rows, us in base_us),
+        tuple((rows, us * times * 1e-6) for rows, us in lora_us),
+        further_us * times * 1e-6,
+    )
+
+
+H100_48_LAYERS = _h100(48)
 
 
 @dataclass(frozen=True)
@@ -20,7 +54,7 @@ class Hardware:
     """One group: an H100 with Qwen3-30B-A3B in bf16, unless told otherwise.
 
     Args:
-        layers: of the model; step times grow with them.
+        steps: seconds of engine steps.
         pool_bytes: adapters on the GPU.
         host_bytes, disk_bytes: packs in the node's memory and on its disk.
         kv_tokens: of running requests, prompts and outputs together.
@@ -29,9 +63,14 @@ class Hardware:
         disk_bytes_s: disk to host; one NVMe drive.
         s3_bytes_s: object store to disk; 415 MB/s was measured on loopback.
         s3_latency_s: until an object's first byte.
+        load_latency_s: of a load into the pool, whatever it loads.
+        front_s: a request's time outside its group, until it is queued there.
+        slowdown: how many times as long things take when 1, 2, ... groups that share a machine's
+            cores compute at once; as the last one says beyond. (1.0,): nothing is shared.
+        shared_node: all groups stand on one node, whose memory and disk they share.
     """
 
-    layers: int = 48
+    steps: StepCosts = H100_48_LAYERS
     pool_bytes: int = 4 * 1_694_498_816  # four adapters of rank 16, benchmarks/results/*/pool.json
     host_bytes: int = 64 << 30
     disk_bytes: int = 1 << 40
@@ -42,6 +81,10 @@ class Hardware:
     disk_bytes_s: float = 2e9
     s3_bytes_s: float = 415e6
     s3_latency_s: float = 0.05
+    load_latency_s: float = 0.0
+    front_s: float = 0.0
+    slowdown: tuple[float, ...] = (1.0,)
+    shared_node: bool = False
 
     def step_s(self, decode_rows: int, prompt_tokens: int, adapters: int) -> float:
         """Seconds of one engine step.
@@ -51,11 +94,11 @@ class Hardware:
             prompt_tokens: of prompts, computed beside them.
             adapters: distinct ones in the step.
         """
-        rows = decode_rows + prompt_tokens
-        us = _interpolate(_BASE_US, rows)
-        if adapters:
-            us += _interpolate(_LORA_US, rows) + _FURTHER_ADAPTER_US * (adapters - 1)
-        return (us * self.layers / _MEASURED_LAYERS + _HEAD_US) * 1e-6
+        return self.steps.seconds(decode_rows + prompt_tokens, adapters)
+
+    def slowed(self, busy: int) -> float:
+        """How many times as long things take while so many groups compute, 1 at least."""
+        return self.slowdown[min(max(busy, 1), len(self.slowdown)) - 1]
 
 
 def _interpolate(points: Sequence[tuple[int, float]], x: int) -> float:

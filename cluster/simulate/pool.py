@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from .clock import Clock
+from .cores import Cores
 from .hardware import Hardware
 from .tiers import NodeTiers
 
@@ -27,6 +28,7 @@ class SimPool:
     Args:
         sizes: adapter key -> bytes.
         loaded: told the key of each adapter that has come.
+        cores: of its group.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class SimPool:
         sizes: Mapping[str, int],
         tiers: NodeTiers,
         loaded: Callable[[str], None],
+        cores: Cores,
     ) -> None:
+        self._cores = cores
         self._clock, self._hardware, self._sizes, self._tiers = clock, hardware, sizes, tiers
         self._loaded = loaded
         self.resident: dict[str, int] = {}  # key -> bytes, as a group's report has it
@@ -80,9 +84,12 @@ class SimPool:
 
     def advise(self, desired: Iterable[str]) -> None:
         """What the controller wants here; it comes when there is room."""
+        self._set_desired(desired)
+        self._retry()
+
+    def _set_desired(self, desired: Iterable[str]) -> None:
         self._desired = tuple(desired)
         self._desired_set = frozenset(self._desired)
-        self._retry()
 
     def shut(self) -> None:
         """The group died: what was on its way goes nowhere."""
@@ -147,7 +154,13 @@ class SimPool:
             self._used_bytes -= self._state.pop(victim).nbytes
             del self.resident[victim]
             self.evictions += 1
+            self._forget_desired(victim)
         return True
+
+    def _forget_desired(self, key: str) -> None:
+        """It gave way to a request: it isn't brought back unless the controller says so again."""
+        if key in self._desired_set:
+            self._set_desired(k for k in self._desired if k != key)
 
     def _copy(self, key: str) -> None:
         nbytes = self._sizes[key]
@@ -155,7 +168,9 @@ class SimPool:
         self._copying.add(key)
         self.bytes_loaded += nbytes
         start = max(self._clock.now, self._copy_free_at)
-        self._copy_free_at = start + nbytes / self._hardware.gpu_bytes_s
+        hw = self._hardware
+        latency_s = hw.load_latency_s * self._cores.slowed
+        self._copy_free_at = start + latency_s + nbytes / hw.gpu_bytes_s
         self._clock.at(self._copy_free_at, lambda: self._copied(key))
 
     def _copied(self, key: str) -> None:

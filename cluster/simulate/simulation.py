@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..errors import ClusterError
 from .clock import Clock
+from .cores import Cores
 from .group import Run, SimGroup
 from .hardware import Hardware
 from .policy import Policy
@@ -47,9 +48,12 @@ class _World:
         self.clock = Clock()
         self._policy, self._hardware = policy, hardware
         self._sizes = trace.sizes
-        self._tiers = {
-            _name(i): NodeTiers(self.clock, hardware, self._sizes) for i in range(groups)
-        }
+        self._cores = Cores(hardware)
+        nodes = [
+            NodeTiers(_name(i), self.clock, hardware, self._sizes, self._cores)
+            for i in range(1 if hardware.shared_node else groups)
+        ]
+        self._tiers = {_name(i): nodes[i % len(nodes)] for i in range(groups)}
         self._dead: list[SimGroup] = []  # their counters still count
         self._stranded: list[Run] = []  # came while no group lived
         self.groups: dict[str, SimGroup] = {}
@@ -59,12 +63,23 @@ class _World:
 
     def _raise_group(self, name: str) -> None:
         self.groups[name] = SimGroup(
-            name, self.clock, self._hardware, self._sizes, self._tiers[name], self._ended
+            name,
+            self.clock,
+            self._hardware,
+            self._sizes,
+            self._tiers[name],
+            self._ended,
+            self._cores,
         )
         self.groups = dict(sorted(self.groups.items()))
         stranded, self._stranded = self._stranded, []
         for run in stranded:
             self.send(run)
+
+    def arrive(self, run: Run) -> None:
+        """The request reaches the gateway."""
+        front_s = self._hardware.front_s * self._cores.slowed
+        self.clock.at(self.clock.now + front_s, lambda: self.send(run))
 
     def send(self, run: Run) -> None:
         if not self.groups:
@@ -76,9 +91,14 @@ class _World:
     def tick(self) -> None:
         assert self._policy.tick_s is not None
         advice = self._policy.tick(self.clock.now, self.groups.values())
+        held: dict[NodeTiers, list[str]] = {}
         for name, told in advice.items():
             if name in self.groups:
-                self.groups[name].tiers.hold(told.host)
+                held.setdefault(self._tiers[name], []).extend(told.host)
+        for node, keys in held.items():
+            node.hold(keys)
+        for name, told in advice.items():
+            if name in self.groups:
                 self.groups[name].pool.advise(told.desired)
         self.clock.at(self.clock.now + self._policy.tick_s, self.tick)
 
@@ -96,7 +116,7 @@ class _World:
         groups = [*self.groups.values(), *self._dead]
         moved = {"gpu": sum(g.pool.bytes_loaded for g in groups)}
         for tier in ("disk", "s3"):
-            moved[tier] = sum(t.bytes_from[tier] for t in self._tiers.values())
+            moved[tier] = sum(t.bytes_from[tier] for t in set(self._tiers.values()))
         return moved
 
     def loads(self) -> dict[str, int]:
@@ -148,7 +168,7 @@ def simulate(
         world.clock.at(0.0, world.tick)
     for number, request in enumerate(trace.requests):
         run = Run(request, number)
-        world.clock.at(request.at_s, lambda run=run: world.send(run))
+        world.clock.at(request.at_s, lambda run=run: world.arrive(run))
     world.clock.run(lambda: len(world.served) == len(trace.requests))
     moved = {tier: n - before.get(tier, 0) for tier, n in world.moved().items()}
     return Outcome(policy.name, world.served, moved, world.loads())

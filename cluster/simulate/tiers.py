@@ -8,6 +8,7 @@ from collections.abc import Set as AbstractSet
 from typing import Literal
 
 from .clock import Clock
+from .cores import Cores
 from .hardware import Hardware
 
 Tier = Literal["host", "disk", "s3"]
@@ -45,7 +46,10 @@ class NodeTiers:
     Outlives the group's process, as the node's memory and disk do.
     """
 
-    def __init__(self, clock: Clock, hardware: Hardware, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, name: str, clock: Clock, hardware: Hardware, sizes: Mapping[str, int], cores: Cores
+    ) -> None:
+        self.name, self._cores = name, cores
         self._clock, self._hardware, self._sizes = clock, hardware, sizes
         self.host = ByteCache(hardware.host_bytes)
         self.disk = ByteCache(hardware.disk_bytes)
@@ -78,6 +82,7 @@ class NodeTiers:
         )
         self._free_at[tier] = max(self._clock.now, self._free_at[tier]) + nbytes / speed
         self.bytes_from[tier] += nbytes
+        latency *= self._cores.slowed
         self._clock.at(self._free_at[tier] + latency, lambda: self._arrived(key))
         return tier
 

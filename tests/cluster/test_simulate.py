@@ -19,6 +19,7 @@ from loraplex.cluster.simulate import (
     Loraplex,
     RayMultiplex,
     SimulationError,
+    StepCosts,
     Trace,
     TracedAdapter,
     TracedRequest,
@@ -27,6 +28,7 @@ from loraplex.cluster.simulate import (
     Workload,
     bars,
     compare,
+    floor,
     generate,
     load_trace,
     save_trace,
@@ -276,6 +278,53 @@ def test_figures_of_a_run_by_hand():
         == pytest.approx(Hardware().step_s(0, 10, 0), abs=1e-4)
     )
     assert "<svg" in bars({"x": [summary]}, "p99_ttft_s", "title")
+
+
+def test_the_floor_by_hand():
+    adapters = tuple(TracedAdapter(f"t/{k}", GB) for k in "abc")
+    rows = [(float(i), f"t/{k}", 1, 1) for i, k in enumerate("abcabc")]
+    trace = Trace(adapters, requests(*rows))
+    assert floor(trace, 3 * GB).gpu_gb == 3.0
+    assert floor(trace, 2 * GB).gpu_gb == 4.0  # c goes at once
+    assert floor(trace, GB).gpu_gb == 5.0  # a stays
+    late = floor(trace, 2 * GB, warmup_s=1.5)
+    assert (late.gpu_gb, late.s3_gb) == (2.0, 1.0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_policy_moves_less_than_the_floor(policy):
+    """Where requests hardly wait; and adapters that are new to the store, wherever."""
+    seed = random.getrandbits(30)
+    hardware = Hardware(pool_bytes=3 * 1_694_498_816)
+    for rate, groups in ((1.0, 2), (20.0, 1)):
+        trace = small(seed, rate=rate, base_share=0.0)
+        moved = simulate(trace, make_policy(policy, trace, hardware, seed), groups, hardware).moved
+        least = floor(trace, groups * hardware.pool_bytes)
+        assert least.s3_gb <= moved["s3"] / 1e9 + 0.1
+        assert least.s3_gb <= moved["gpu"] / 1e9 + 0.1
+        if rate == 1.0:
+            assert least.gpu_gb <= moved["gpu"] / 1e9 + 0.1
+
+
+def test_groups_that_share_cores_slow_each_other_down():
+    steps = StepCosts(((1, 0.01), (2, 0.01)), ((1, 0.0), (2, 0.0)))
+    hw = Hardware(steps=steps, slowdown=(1.0, 3.0), front_s=0.5)
+    trace = Trace((), requests((0.0, None, 1, 101), (0.0, None, 1, 1)))
+    served = {s.output_tokens: s for s in simulate(trace, HashLru(), 2, hw).served}
+    # The second group's step begins beside the first one's, which has its pace already.
+    assert served[1].ttft_s == pytest.approx(0.5 + 0.03)
+    # Its second step begins after 0.01 s, beside the other; the 98 after it have the cores alone.
+    assert served[101].end_s == pytest.approx(0.5 + 0.01 + 0.03 + 99 * 0.01)
+
+
+def test_groups_of_one_node_fetch_an_adapter_once():
+    adapters = (TracedAdapter("t/a", GB),)
+    trace = Trace(adapters, requests(*((i * 0.01, "t/a", 10, 10) for i in range(8))))
+    for shared, times in ((True, 1), (False, 2)):
+        hw = Hardware(shared_node=shared)
+        outcome = simulate(trace, TwoChoices(1), 2, hw)
+        assert outcome.moved["s3"] == times * GB
+        assert outcome.moved["gpu"] == 2 * GB
 
 
 @pytest.mark.parametrize("name", ["zipf-1", "alternating"])

@@ -382,6 +382,8 @@ class Residency:
                 raise PoolFull(f"no slot for {opened.pack.digest[:12]}")
             gone += 1
         for resident in evict[:gone]:
+            # It gave way to a request: it comes back if the controller says so again.
+            self._desired.pop(resident.ref.key, None)
             self._drop(resident)
             self.evictions += 1
         return self._free_slots[-1]
