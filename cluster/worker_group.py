@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,7 +185,7 @@ class WorkerGroup:
             self._metrics.update(self._front.report)
             try:
                 advice = await self._controller.call("report", self._group_report().to_wire())
-                self._obey(advice["epoch"], advice["desired"], advice["purge"])
+                self._obey(advice)
                 missed = False
             except Exception as e:
                 # The group serves on without a controller, whatever is wrong with that one.
@@ -194,11 +194,11 @@ class WorkerGroup:
                 missed = True
             await asyncio.sleep(_REPORT_EVERY_S)
 
-    def _obey(self, epoch: int, desired: Sequence[str], purge: Sequence[str]) -> None:
-        if epoch < self._seen_epoch:
+    def _obey(self, advice: Mapping[str, Any]) -> None:
+        if advice["epoch"] < self._seen_epoch:
             return  # a controller that was replaced and doesn't know it
-        self._seen_epoch = epoch
-        self._front.advise(desired, purge)
+        self._seen_epoch = advice["epoch"]
+        self._front.advise(advice["desired"], advice["purge"], advice["host"])
 
     def _group_report(self) -> GroupReport:
         return GroupReport(

@@ -92,8 +92,8 @@ class Controller:
         """Takes a `GroupReport` in wire form; answers {"epoch", "desired", "host", "purge"}.
 
         `desired` are the adapter keys that the group should hold, the most worth first; `host`
-        those whose packs its node should keep in memory; `purge`
-        those that it must drop, once told and now and then again.
+        those whose packs its node should keep in memory, None where another group of the node is
+        told; `purge` those that it must drop, once told and now and then again.
         """
         return self.take(GroupReport.from_wire(dict(wire)))
 
@@ -110,10 +110,11 @@ class Controller:
         purging = self._purges.pending(self._reports)
         # Before the first plan, a group should keep what it has.
         desired = self._plan.desired.get(name, tuple(report.engine.gpu))
+        host = self._plan.host.get(name)
         return {
             "epoch": self._epoch,
             "desired": [key for key in desired if key not in purging],
-            "host": [key for key in self._plan.host.get(name, ()) if key not in purging],
+            "host": None if host is None else [key for key in host if key not in purging],
             "purge": purge,
         }
 
@@ -305,6 +306,7 @@ def _group_status(report: GroupReport, age_s: float, desired: Sequence[str]) -> 
         "pool_bytes_total": engine.pool_bytes_total,
         "pool_bytes_used": engine.pool_bytes_used,
         "resident": dict(engine.gpu),
+        "host_bytes_total": engine.host_bytes_total,
         "host": dict(engine.host),
         "disk": dict(engine.disk),
         "loading": list(engine.loading),

@@ -116,7 +116,12 @@ def test_it_serves_groups_gateways_and_operators_and_survives_its_own_death(
     settings, controller, adapter
 ):
     report = group_report(gpu=(adapter,))
-    assert controller.report(report) == {"epoch": 1, "desired": [adapter], "host": [], "purge": []}
+    assert controller.report(report) == {
+        "epoch": 1,
+        "desired": [adapter],
+        "host": None,
+        "purge": [],
+    }
 
     def table() -> RoutingTable:
         controller.report(report)

@@ -44,7 +44,7 @@ class Controller:
 
     def __init__(self) -> None:
         self.reports: dict[str, tuple[float, dict[str, Any]]] = {}
-        self.advice: dict[str, Any] = {"epoch": 2, "desired": [], "purge": []}
+        self.advice: dict[str, Any] = {"epoch": 2, "desired": [], "host": None, "purge": []}
 
     def report(self, report: dict[str, Any]) -> dict[str, Any]:
         self.reports[report["group"]] = time.monotonic(), report
@@ -160,10 +160,13 @@ async def test_a_deployment_serves_obeys_restarts_and_leaves_nothing(local_ray):
     assert await collect(request("r0", 50)) == fake.expected_tokens((1, 2), 50)
 
     # Advice of the newest epoch is obeyed, an older one's refused.
-    await controller.set_advice.remote({"epoch": 3, "desired": ["t/aa"], "purge": []})
+    advice = {"epoch": 3, "desired": ["t/aa"], "host": ["t/cc"], "purge": []}
+    await controller.set_advice.remote(advice)
     await until(lambda: [r["seen_epoch"] for r in ray.get(controller.live.remote())] == [3])
     await until(lambda: list(ray.get(controller.live.remote())[0]["engine"]["gpu"]) == ["t/aa"])
-    await controller.set_advice.remote({"epoch": 2, "desired": ["t/bb"], "purge": ["t/aa"]})
+    await until(lambda: list(ray.get(controller.live.remote())[0]["engine"]["host"]) == ["t/cc"])
+    advice = {"epoch": 2, "desired": ["t/bb"], "host": [], "purge": ["t/aa"]}
+    await controller.set_advice.remote(advice)
     await asyncio.sleep(1.2)
     [report] = ray.get(controller.live.remote())
     assert (report["seen_epoch"], list(report["engine"]["gpu"])) == (3, ["t/aa"])
