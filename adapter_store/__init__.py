@@ -97,6 +97,7 @@ from .errors import (
     TenantNotFound,
     UploadNotFound,
 )
+from .host_entry import host_memory
 from .host_tier import HostTier, host_folder
 from .layout import quarantine_keys
 from .model_source import ModelSource
@@ -167,6 +168,7 @@ __all__ += [
     "discard_upload",
     "export_adapters",
     "host_folder",
+    "host_memory",
     "next_epoch",
     "plan_repairs",
     "quarantine_keys",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .blobs import Blobs
@@ -147,6 +147,11 @@ class DiskTier:
         """Bytes of every pack on the disk, by key."""
         return {_key_of(path): stat.st_size for path, stat in self._packs()}
 
+    @property
+    def host_bytes(self) -> int:
+        """None: `HostTier` has a node's memory."""
+        return 0
+
     def host_resident(self) -> dict[str, int]:
         """None: `HostTier` has those in memory."""
         return {}
@@ -167,6 +172,10 @@ class DiskTier:
         It holds for all processes on the folder, and for what comes later. `keep_bytes` bounds it.
         """
         self._kept.set(name, keep)
+
+    def keep_packs(self, keys: Iterable[str]) -> None:
+        """Of single packs, keeps these ("tenant/digest") and no others."""
+        self._kept.set_packs(keys)
 
     def _ensure(self, tenant_id: str, digest: str, wanted: Wanted, mirror: Mirror | None) -> str:
         key = _key(tenant_id, digest)

@@ -67,6 +67,15 @@ def map_entry(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return memory, arena
 
 
+def host_memory(folder: Path) -> np.ndarray:
+    """All of the memory of the host tier in `folder`, [bytes] uint8: for who pins it for a GPU.
+
+    Raises:
+        FileNotFoundError: no tier uses the folder.
+    """
+    return map_arena(folder / ARENA)
+
+
 def map_arena(path: Path) -> np.ndarray:
     """All of an arena, [bytes] uint8, writeable: one mapping in this process, for good, as it may
     have been pinned for a GPU."""

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import time
+from collections.abc import Iterable
 from functools import partial as bind
 from pathlib import Path
 
@@ -82,6 +83,11 @@ class HostTier:
         """Bytes of every pack on the disk, by key."""
         return self._disk.resident()
 
+    @property
+    def host_bytes(self) -> int:
+        """Of the memory for packs: what the first process on this folder asked for."""
+        return self._arena.nbytes
+
     def host_resident(self) -> dict[str, int]:
         """Bytes of every pack in memory, by key."""
         return self._arena.resident()
@@ -96,6 +102,12 @@ class HostTier:
         """As `DiskTier.keep`, for both tiers."""
         self._arena.kept.set(name, keep)
         self._disk.keep(name, keep)
+
+    def keep_packs(self, keys: Iterable[str]) -> None:
+        """As `DiskTier.keep_packs`, for both tiers."""
+        keys = list(keys)
+        self._arena.kept.set_packs(keys)
+        self._disk.keep_packs(keys)
 
     def close(self) -> None:
         """Leaves the memory; the last process of the node that does so frees it."""

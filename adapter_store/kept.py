@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 
 _KEPT = ".kept"
@@ -21,6 +22,14 @@ class Kept:
             path.touch()
         else:
             path.unlink(missing_ok=True)
+
+    def set_packs(self, keys: Iterable[str]) -> None:
+        """Of single adapters, these and no others are kept from now on; tenants' stay."""
+        wanted = set(keys)
+        for key in {name for name in self.names() if "/" in name} - wanted:
+            self.set(key, False)
+        for key in wanted:
+            self.set(key, True)
 
     def names(self) -> set[str]:
         with contextlib.suppress(FileNotFoundError):

@@ -79,6 +79,11 @@ class _NoPacks:
     def host_resident(self) -> dict[str, int]:
         return {}
 
+    host_bytes = 0
+
+    def keep_packs(self, keys: Iterable[str]) -> None:
+        pass
+
     def remove(self, key: str) -> None:
         pass
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,11 @@ class HostPacks:
 
     def host_resident(self) -> dict[str, int]:
         return {}
+
+    host_bytes = 0
+
+    def keep_packs(self, keys: Iterable[str]) -> None:
+        pass
 
     def remove(self, key: str) -> None:
         pass

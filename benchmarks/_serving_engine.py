@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from _serving_load import NEW_TOKENS, DemoFacts, Round
@@ -26,6 +27,11 @@ class LocalPacks:
 
     def host_resident(self) -> dict[str, int]:
         return {}
+
+    host_bytes = 0
+
+    def keep_packs(self, keys: Iterable[str]) -> None:
+        pass
 
     def remove(self, key: str) -> None:
         self._paths.pop(key)

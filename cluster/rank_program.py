@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter_store import BaseModel, ModelSource
+from ..adapter_store import BaseModel, ModelSource, host_folder
 from .errors import SettingsError
 from .logs import LogConfig, configure_logs
 from .model import model_source
@@ -56,14 +56,15 @@ class RankProgram:
 
     def _packs(self) -> PackSource:
         """Memory over disk over the object store."""
-        from ..adapter_store import DiskTier, HostTier, ObjectStore, Repacker, host_folder
+        from ..adapter_store import DiskTier, HostTier, ObjectStore, Repacker
 
         store = ObjectStore(**self.store)
         remake = Repacker(store, self.base, self.scratch)
         disk = DiskTier(self.disk_dir, store, self.disk_bytes, remake=remake)
-        if not self.host_bytes:
+        folder = self._host_folder
+        if folder is None:
             return disk
-        tier = HostTier(disk, self.host_bytes, host_folder(self.disk_dir))
+        tier = HostTier(disk, self.host_bytes, folder)
         # A rank that is killed leaves its share of the memory to the node's next one.
         atexit.register(tier.close)
         return tier
@@ -74,8 +75,19 @@ class RankProgram:
         configure_logs(self.logs, "engine")
         run_follower(self._config(rendezvous), rank)
 
+    @property
+    def _host_folder(self) -> Path | None:
+        return host_folder(self.disk_dir) if self.host_bytes else None
+
     def _config(self, rendezvous: str) -> EngineConfig:
-        return replace(self.config, rendezvous=rendezvous, model_path=str(self.model.folder()))
+        """Rank 0 has made its tiers when the others have come to `rendezvous`."""
+        folder = self._host_folder
+        return replace(
+            self.config,
+            rendezvous=rendezvous,
+            model_path=str(self.model.folder()),
+            host_folder=None if folder is None else str(folder),
+        )
 
 
 def rank_program(settings: Settings, base: BaseModel, threads: int) -> RankProgram:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -225,7 +225,7 @@ class WorkerGroup:
     async def _tell(self) -> bool:
         """Reports and obeys the advice; whether the controller lets the group go."""
         advice = await self._controller.call("report", self._group_report().to_wire())
-        self._obey(advice["epoch"], advice["desired"], advice["purge"])
+        self._obey(advice)
         return advice["release"]
 
     async def _report(self) -> None:
@@ -243,11 +243,11 @@ class WorkerGroup:
                 missed = True
             await asyncio.sleep(_REPORT_EVERY_S)
 
-    def _obey(self, epoch: int, desired: Sequence[str], purge: Sequence[str]) -> None:
-        if epoch < self._seen_epoch:
+    def _obey(self, advice: Mapping[str, Any]) -> None:
+        if advice["epoch"] < self._seen_epoch:
             return  # a controller that was replaced and doesn't know it
-        self._seen_epoch = epoch
-        self._front.advise(desired, purge)
+        self._seen_epoch = advice["epoch"]
+        self._front.advise(advice["desired"], advice["purge"], advice["host"])
 
     def _group_report(self) -> GroupReport:
         return GroupReport(

@@ -197,6 +197,8 @@ class EngineConfig:
     adapter_fraction: float = 0.3  # the pool's share of what weights and activations leave
     max_slots: int = 256
     max_lora_rank: int = 64  # on a GPU, whose kernels set aside room for it; 256 at most
+    # Of the node's memory for packs (`adapter_store.HostTier`), which a GPU's ranks pin at start.
+    host_folder: str | None = None
     base_fingerprint: str | None = None  # packs made for another base are refused
     load_threads: int = 16
     # While a request waits for room in the pool, others start until work of this price was done

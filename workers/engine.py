@@ -24,6 +24,7 @@ from .kv_blocks import KVBlocks
 from .model_runner import ModelRunner
 from .pace import Pace
 from .planning import Plan, plan_step
+from .pool.host_keeper import HostKeeper
 from .pool.packs import PackFetcher, PackSource
 from .pool.residency import Residency
 from .report import REPORTED_TENANTS, EngineReport
@@ -67,6 +68,7 @@ class Engine:
         self.config = config = self._runner.config  # with the sizes that were derived
         self._packs = packs
         self._fetcher = PackFetcher(packs, config.load_threads)
+        self._keeper = HostKeeper(packs)
         self._kv = KVBlocks(self._runner.kv_blocks, config.block_size)
         self._residency = Residency(
             self._runner.pool,
@@ -220,9 +222,14 @@ class Engine:
         """The controller's advice: prefetch these when there is room, and evict others first."""
         self._residency.set_desired(adapters)
 
+    def keep_on_host(self, adapters: list[AdapterRef]) -> None:
+        """The controller's advice: these packs are to be in this node's memory, others may go."""
+        self._keeper.keep(adapters)
+
     def purge(self, key: str) -> None:
-        """Forgets a deleted adapter on this node: pool, disk and cached prefixes."""
+        """Forgets a deleted adapter on this node: pool, memory, disk and cached prefixes."""
         self._residency.purge(key)
+        self._keeper.forget(key)
         self._packs.remove(key)
         self._kv.forget(key)
         for seq in self._sequences.values():
@@ -245,7 +252,7 @@ class Engine:
         r.pool_bytes_total = self._runner.pool.total_bytes
         r.pool_bytes_used = self._runner.pool.used_bytes
         r.gpu, r.disk, r.loading = res.resident(), self._packs.resident(), res.loading
-        r.host = self._packs.host_resident()
+        r.host, r.host_bytes_total = self._packs.host_resident(), self._packs.host_bytes
         r.loads, r.load_seconds, r.load_bytes = dict(res.loads), res.load_seconds, res.load_bytes
         r.load_failures, r.evictions = res.load_failures, res.evictions
         r.compiles_after_ready = len(self._runner.compiles.kernels)
@@ -257,6 +264,7 @@ class Engine:
         if self.config.tp_size > 1:
             self._comm.broadcast_message(Step(stop=True).to_wire())
         self._fetcher.close()
+        self._keeper.close()
         self._residency.close()
         self._grammars.close()
         self._comm.close()

@@ -6,10 +6,11 @@ import contextlib
 import logging
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from ..adapter_store import Pack
+from ..adapter_store import Pack, host_memory
 from ..kernels import MAX_RANK, TUNED_ADAPTERS, LoraBatch, MoeRunner, backend_for
 from .attention import PagedKVCache, plan_attention
 from .comm import Comm
@@ -22,6 +23,7 @@ from .host_copies import to_device
 from .memory import Sizes, log_sizes, measure, share_out
 from .models import load_model
 from .pool.adapter_pool import AdapterPool
+from .pool.pinned import PinnedMemory
 from .request import SamplingParams
 from .sampling.sampler import sample
 from .sampling.sampling_batch import Draw, SamplingBatch
@@ -76,6 +78,10 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None  # None: decode steps run as others do
         self.captured: CaptureReport | None = None
         self.compiles = CompileWatch()
+        self._pinned = PinnedMemory(self.device)
+        if config.host_folder is not None:
+            # Now, because it takes a while: the first load would wait for it, and its requests.
+            self._pinned.register(host_memory(Path(config.host_folder)))
         # Until every rank has loaded: the first step would wait for the slowest, and count as hung.
         comm.all_reduce(torch.zeros(1, device=self.device))
         sizes = self._sizes()
@@ -127,6 +133,7 @@ class ModelRunner:
             config.max_slots,
             max_rank=config.max_lora_rank if on_gpu else MAX_RANK,
             rank_multiple=_GPU_RANK_MULTIPLE if on_gpu else 1,
+            pinned=self._pinned,
         )
 
     def _sizes(self) -> Sizes:

@@ -98,9 +98,9 @@ class Controller:
         "release"}.
 
         `desired` are the adapter keys that the group should hold, the most worth first; `host`
-        those whose packs its node should keep in memory; `purge`
-        those that it must drop, once told and now and then again. `release`: a leaving group may
-        stop, for others hold what it did.
+        those whose packs its node should keep in memory, None where another group of the node is
+        told; `purge` those that it must drop, once told and now and then again. `release`: a
+        leaving group may stop, for others hold what it did.
         """
         return self.take(GroupReport.from_wire(dict(wire)))
 
@@ -117,6 +117,7 @@ class Controller:
         purge = self._purges.advise(name, report.engine, now)
         purging = self._purges.pending(self._reports)
         # Before the first plan, a group should keep what it has.
+        host = self._plan.host.get(name)
         held = report.engine.gpu
         desired = self._plan.desired.get(name, tuple(held))
         # What it gave up since the plan isn't to come back before the next plan has seen that.
@@ -124,7 +125,7 @@ class Controller:
         return {
             "epoch": self._epoch,
             "desired": [key for key in told if key not in purging],
-            "host": [key for key in self._plan.host.get(name, ()) if key not in purging],
+            "host": None if host is None else [key for key in host if key not in purging],
             "purge": purge,
             "release": name in self._released,
         }
@@ -339,6 +340,7 @@ def _group_status(report: GroupReport, age_s: float, desired: Sequence[str]) -> 
         "pool_bytes_total": engine.pool_bytes_total,
         "pool_bytes_used": engine.pool_bytes_used,
         "resident": dict(engine.gpu),
+        "host_bytes_total": engine.host_bytes_total,
         "host": dict(engine.host),
         "disk": dict(engine.disk),
         "loading": list(engine.loading),

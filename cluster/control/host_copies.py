@@ -20,10 +20,10 @@ def plan_host(
 ) -> dict[str, tuple[str, ...]]:
     """Adapter keys by group, the most asked for first.
 
-    Every adapter in demand gets `host_copies` nodes, as far as their memory reaches: those that
-    have it, then those whose groups should hold it on the GPU, then by hash. An adapter that
-    nobody asks for keeps the copies that it has, while there is room. New copies are bounded by
-    `host_bytes_per_tick`; adapters without any copy on a node that stays come first.
+    Every adapter in demand gets `host_copies` nodes, as far as `host_share` of their memory
+    reaches: those that have it, then those whose groups should hold it on the GPU, then by hash.
+    What nobody asks for stays in the rest of the memory until others need the room. New copies are
+    bounded by `host_bytes_per_tick`; adapters without any copy on a node that stays come first.
 
     Args:
         groups: the serving ones, in any order. Those at one address share a node's memory, and
@@ -44,11 +44,12 @@ def plan_host(
         coming = [k for k in previous.get(node.group, ()) if k not in node.engine.host]
         for key in (*node.engine.host, *coming):
             holders.setdefault(key, []).append(name)
-    free = {name: node.engine.host_bytes_total for name, node in nodes.items()}
+    free = {
+        name: int(config.host_share * node.engine.host_bytes_total) for name, node in nodes.items()
+    }
     kept: dict[str, list[str]] = {name: [] for name in nodes}
-    keys = sorted(demand.keys() | holders.keys(), key=lambda k: (-demand.get(k, 0.0), k))
     short: list[tuple[str, int]] = []
-    for key in keys:
+    for key in sorted(demand, key=lambda k: (-demand[k], k)):
         copies = 0
         nbytes = sizes.get(key, 0)
         gpu = wanted.get(key, ())
@@ -57,7 +58,7 @@ def plan_host(
                 free[name] -= nbytes
                 kept[name].append(key)
                 copies += 1
-        if nbytes and copies < config.host_copies and demand.get(key, 0.0) >= config.min_rate:
+        if nbytes and copies < config.host_copies and demand[key] >= config.min_rate:
             short.append((key, copies))
     budget = config.host_bytes_per_tick
     for key, copies in sorted(short, key=lambda s: s[1]):  # stable: then the most asked for

@@ -28,6 +28,8 @@ class PlacementConfig:
         move_bytes_per_tick: bytes that groups are asked to load in a tick. What isn't used is
             saved up to one adapter's size, so that big ones can move too.
         host_copies: nodes whose memory should hold an adapter that is asked for.
+        host_share: of a node's memory for packs, what those copies may take; the tier keeps as
+            much from eviction (`HostTier`). The rest is for what requests bring.
         host_bytes_per_tick: bytes that nodes are asked to bring to memory in a tick, one adapter
             at least.
         patience_ticks: how long a copy may be on its way. Then it is given up for a tick, which
@@ -44,6 +46,7 @@ class PlacementConfig:
     imbalance: float = 1.5
     move_bytes_per_tick: int = 1 << 30
     host_copies: int = 2
+    host_share: float = 0.5
     host_bytes_per_tick: int = 1 << 30
     patience_ticks: int = 120
 

@@ -55,6 +55,6 @@ class Loraplex:
         advice = {}
         for group in groups:
             told = self._controller.take(group.group_report())
-            advice[group.name] = Advice(tuple(told["desired"]), tuple(told["host"]))
+            advice[group.name] = Advice(tuple(told["desired"]), tuple(told["host"] or ()))
         self._controller.tick()
         return advice

@@ -389,6 +389,23 @@ def test_packs_outlive_a_restart_of_a_group_that_was_killed(
     assert make(max_bytes=2 * MIB)._arena.nbytes == 4 * MIB  # of those who use it
 
 
+def test_single_packs_are_kept_as_they_were_last_told_and_tenants_beside_them(
+    store: ObjectStore, make: Make, tmp_path: Path
+) -> None:
+    digests = stored(store, tmp_path, 5, mib=0.9)
+    tier, other = make(max_bytes=3 * MIB), make(max_bytes=3 * MIB)
+    tier.keep("t-other")
+    for kept in (key(digests[0]), key(digests[1])):
+        tier.ensure(TENANT, kept.partition("/")[2])
+        tier.keep_packs([kept])
+        for digest in digests[2:]:
+            for _ in range(3):
+                other.ensure(TENANT, digest)
+        assert kept in tier.host_resident()
+    assert key(digests[0]) not in tier.host_resident()
+    assert other._arena.kept.names() == {"t-other", key(digests[1])}
+
+
 def test_kept_tenants_stay_within_their_bound(
     store: ObjectStore, make: Make, tmp_path: Path
 ) -> None:

@@ -282,10 +282,22 @@ def test_before_its_first_plan_a_controller_tells_a_group_to_keep_what_it_has():
     assert group.tell(cluster.controller) == {
         "epoch": 1,
         "desired": keys(3),
-        "host": [],
+        "host": None,
         "purge": [],
         "release": False,
     }
+
+
+def test_one_group_of_each_node_is_told_what_to_keep_in_memory_and_not_what_is_purged():
+    cluster = Cluster(groups=3, host_share=1.0)
+    for group, node in zip(cluster.groups, ("n", "n", "m"), strict=True):
+        group.report.host, group.engine.host_bytes_total = node, 4 * MB
+    wanted = keys(2)
+    cluster.step(dict.fromkeys(wanted, 50), times=8)
+    told = [group.tell(cluster.controller)["host"] for group in cluster.groups]
+    assert told == [wanted, None, wanted]
+    cluster.controller.purge(wanted[:1])
+    assert cluster.groups[0].tell(cluster.controller)["host"] == wanted[1:]
 
 
 def test_a_restarted_controller_rebuilds_the_table_and_moves_nothing():

@@ -116,7 +116,7 @@ def test_it_serves_groups_gateways_and_operators_and_survives_its_own_death(
     settings, controller, adapter
 ):
     report = group_report(gpu=(adapter,))
-    advice = {"epoch": 1, "desired": [adapter], "host": [], "purge": [], "release": False}
+    advice = {"epoch": 1, "desired": [adapter], "host": None, "purge": [], "release": False}
     assert controller.report(report) == advice
 
     def table() -> RoutingTable:

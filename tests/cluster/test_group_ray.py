@@ -44,8 +44,19 @@ SECRET = b"cluster secret"
 NAMESPACE = "loraplex"
 
 
-def _advice(epoch: int, desired: Sequence[str] = (), purge: Sequence[str] = ()) -> dict[str, Any]:
-    return {"epoch": epoch, "desired": list(desired), "purge": list(purge), "release": True}
+def _advice(
+    epoch: int,
+    desired: Sequence[str] = (),
+    purge: Sequence[str] = (),
+    host: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    return {
+        "epoch": epoch,
+        "desired": list(desired),
+        "host": host,
+        "purge": list(purge),
+        "release": True,
+    }
 
 
 class Controller:
@@ -169,10 +180,11 @@ async def test_a_deployment_serves_obeys_restarts_and_leaves_nothing(local_ray):
     assert await collect(request("r0", 50)) == fake.expected_tokens((1, 2), 50)
 
     # Advice of the newest epoch is obeyed, an older one's refused.
-    await controller.set_advice.remote(_advice(3, ["t/aa"]))
+    await controller.set_advice.remote(_advice(3, ["t/aa"], host=["t/cc"]))
     await until(lambda: [r["seen_epoch"] for r in ray.get(controller.live.remote())] == [3])
     await until(lambda: list(ray.get(controller.live.remote())[0]["engine"]["gpu"]) == ["t/aa"])
-    await controller.set_advice.remote(_advice(2, ["t/bb"], ["t/aa"]))
+    await until(lambda: list(ray.get(controller.live.remote())[0]["engine"]["host"]) == ["t/cc"])
+    await controller.set_advice.remote(_advice(2, ["t/bb"], ["t/aa"], host=[]))
     await asyncio.sleep(1.2)
     [report] = ray.get(controller.live.remote())
     assert (report["seen_epoch"], list(report["engine"]["gpu"])) == (3, ["t/aa"])

@@ -9,7 +9,7 @@ from loraplex.cluster.control import PlacementConfig
 from loraplex.cluster.control.host_copies import plan_host
 from loraplex.workers import EngineReport, GroupReport
 
-CONFIG = PlacementConfig(host_bytes_per_tick=1000)
+CONFIG = PlacementConfig(host_bytes_per_tick=1000, host_share=1.0)
 
 
 def group(name: str, host: dict[str, int], capacity: int = 100, node: str = "") -> GroupReport:

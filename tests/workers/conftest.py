@@ -39,6 +39,11 @@ class LocalPacks:
     def host_resident(self) -> dict[str, int]:
         return {}
 
+    host_bytes = 0
+
+    def keep_packs(self, keys: Iterable[str]) -> None:
+        raise AssertionError("nobody keeps packs in a memory that there isn't")
+
     def remove(self, key: str) -> None:
         self.removed.append(key)
 

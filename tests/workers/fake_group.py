@@ -103,6 +103,9 @@ class FakeEngine:
     def set_desired(self, adapters: list[AdapterRef]) -> None:
         self._report.gpu = {a.key: 100 for a in adapters}
 
+    def keep_on_host(self, adapters: list[AdapterRef]) -> None:
+        self._report.host = {a.key: 100 for a in adapters}
+
     def purge(self, key: str) -> None:
         self._report.gpu.pop(key, None)
 

@@ -490,6 +490,17 @@ async def test_advice_reaches_the_engine_and_residency_the_gateways():
         assert frame["load"]["resident_version"] > version
 
 
+async def test_the_engine_is_told_what_its_node_should_keep_in_memory_when_it_changes():
+    async with group() as (front, _):
+        front.advise([], [], ["t/aa"])
+        await until(lambda: list(front.report.host) == ["t/aa"])
+        front.advise([], [], None)  # another group of the node is told
+        front.advise([], [], ["t/bb", "t/aa"])
+        await until(lambda: sorted(front.report.host) == ["t/aa", "t/bb"])
+        front.advise([], [], [])
+        await until(lambda: not front.report.host)
+
+
 async def test_a_silent_gateway_is_dropped(monkeypatch):
     monkeypatch.setattr("loraplex.workers.front.group_front.PING_EVERY_S", 0.05)
     monkeypatch.setattr("loraplex.workers.front.group_front.DEAD_AFTER_S", 0.5)

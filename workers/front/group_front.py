@@ -80,6 +80,7 @@ class GroupFront:
         self._resident_version = 0
         self._told_load: Frame = {}
         self._desired: tuple[str, ...] | None = None
+        self._host: tuple[str, ...] | None = None
         self._servers: list[asyncio.Server] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._link_secret = secrets.token_bytes(32)
@@ -202,14 +203,20 @@ class GroupFront:
         """What gateways are told about the group's adapters, at first and at each change."""
         return {"t": "report", "gpu": sorted(self.report.gpu), "load": self.load()}
 
-    def advise(self, desired: Sequence[str], purge: Sequence[str]) -> None:
-        """Passes the controller's advice on: keys of adapters to hold, and to forget."""
+    def advise(
+        self, desired: Sequence[str], purge: Sequence[str], host: Sequence[str] | None = None
+    ) -> None:
+        """Passes the controller's advice on: keys of adapters to hold, to forget, and to keep in
+        the node's memory; None: another group of the node is told of those."""
         leader = self._ranks.get(0)
         if leader is None:
             return
         if tuple(desired) != self._desired:
             self._desired = tuple(desired)
             leader.send({"t": "desired", "keys": list(desired)})
+        if host is not None and tuple(host) != self._host:
+            self._host = tuple(host)
+            leader.send({"t": "host", "keys": list(host)})
         if purge:
             leader.send({"t": "purge", "keys": list(purge)})
 

@@ -57,6 +57,7 @@ class AdapterPool:
         max_rank: int = MAX_RANK,
         rank_multiple: int = 1,
         poison: bool = False,
+        pinned: PinnedMemory | None = None,
     ):
         """
         Args:
@@ -65,6 +66,7 @@ class AdapterPool:
             max_rank: adapters of a larger one are refused.
             rank_multiple: ranks are stored as multiples of this power of two.
             poison: overwrite freed blocks with NaN (tests).
+            pinned: what this process has pinned so far; None: nothing.
 
         Raises:
             WorkerError: max_rank isn't from 1 to MAX_RANK.
@@ -86,7 +88,7 @@ class AdapterPool:
             max_rank=self._blocks.stored(max_rank), rank_multiple=rank_multiple,
         )  # fmt: skip
         self.experts, self.dense = self._tables.experts, self._tables.dense
-        self.pinned = PinnedMemory(device)
+        self.pinned = pinned or PinnedMemory(device)
         self._loader = Loader(make_stager(self.buffer, self.pinned))
         self._loads: dict[int, Load] = {}  # of slots that aren't shown
         self._arriving: dict[int, Load] = {}  # of slots that are shown and may not be here

@@ -38,6 +38,15 @@ class PackSource(Protocol):
         """Bytes of every pack in this node's memory, by adapter key."""
         ...
 
+    @property
+    def host_bytes(self) -> int:
+        """Size of this node's memory for packs; 0: there is none."""
+        ...
+
+    def keep_packs(self, keys: Iterable[str]) -> None:
+        """Evicts others before the packs of these adapters, and no longer those of before."""
+        ...
+
     def remove(self, key: str) -> None:
         """Drops a pack from this node, if not now, then when asked again; one that isn't there is
         no error."""
