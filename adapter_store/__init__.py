@@ -116,6 +116,7 @@ from .repack import Repacker
 from .store_check import Finding, check_store
 from .store_export import export_adapters
 from .store_repair import Repair, carry_out, plan_repairs
+from .store_requests import store_requests
 from .sweep import SweepReport, sweep
 
 __all__ += [
@@ -171,6 +172,7 @@ __all__ += [
     "quarantine_keys",
     "read_document",
     "stage_upload",
+    "store_requests",
     "sweep",
     "update_document",
 ]

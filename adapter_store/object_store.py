@@ -30,6 +30,7 @@ from urllib3.exceptions import HTTPError
 
 from .errors import Conflict, LimitExceeded, NotFound, PreconditionFailed
 from .s3_errors import status_of, translate
+from .store_requests import count_requests
 
 T = TypeVar("T")
 
@@ -362,7 +363,9 @@ def _write_at(fd: int, data: bytes, at: int) -> None:
 def _make_client(**options: Any) -> Any:
     # The session reads S3's whole service model: once a process, not once a store.
     with _session_lock:
-        return _session().client("s3", **options)
+        client = _session().client("s3", **options)
+    count_requests(client)
+    return client
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from loraplex.workers import AdapterRef, Engine, EngineConfig, GenerationRequest
 _TENANT = "bench"
 
 
-class _LocalPacks:
+class LocalPacks:
     """Packs that are on this disk already."""
 
     def __init__(self, paths: dict[str, Path]):
@@ -47,7 +47,7 @@ class EngineAlone:
         config = EngineConfig(
             str(demo.model), base_fingerprint=base.fingerprint, torch_threads=threads
         )
-        self._engine = Engine(config, _LocalPacks(paths))
+        self._engine = Engine(config, LocalPacks(paths))
 
     def run(self, round_: Round) -> tuple[list[list[int]], float]:
         """Submits the whole round at once. Answers by request, and seconds."""

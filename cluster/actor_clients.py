@@ -57,9 +57,6 @@ class ControlClient:
     async def purge(self, keys: list[str]) -> None:
         await self._actor.call("purge", keys)
 
-    async def metrics_targets(self) -> list[Target]:
-        return await self._actor.call("metrics_targets")
-
     async def register_target(self, target: Target) -> None:
         """Names this process's exporter."""
         await self._actor.call(

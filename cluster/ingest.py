@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -19,7 +21,11 @@ from ..adapter_store import (
     sweep,
 )
 from .adapter_json import version_json
-from .named_actors import INGEST_NAME, start_named
+from .errors import ActorUnavailable
+from .logs import configure_logs
+from .metrics import IngestMetrics, Target, new_registry, serve_metrics
+from .named_actors import CONTROLLER_NAME, INGEST_NAME, NamedActor, start_named
+from .replica_address import advertised
 from .settings import Settings
 from .uploads import Uploads
 
@@ -27,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 INGEST_CPUS = 0.1
 _SWEEP_EVERY_S = 3600.0
+_REGISTER_EVERY_S = 5.0
 
 # A version's fields, or the error that a publish ended with.
 Result = dict[str, Any] | AdapterStoreError
@@ -51,6 +58,8 @@ class IngestWorker:
             upload_sizes(settings),
             settings.max_lora_rank,
         )
+        self.registry = new_registry()
+        self._metrics = IngestMetrics(self.registry)
         sweeper = threading.Thread(target=sweep_forever, args=(store,), name="sweep", daemon=True)
         sweeper.start()
 
@@ -59,10 +68,17 @@ class IngestWorker:
 
         Errors are values: one that is raised would reach the caller inside of Ray's own.
         """
+        started = time.monotonic()
+        end = "failed"
         try:
-            return version_json(self._publisher.ingest(tenant_id, name, upload_id))
+            version = version_json(self._publisher.ingest(tenant_id, name, upload_id))
+            end = "published"
+            return version
         except AdapterStoreError as error:
+            end = "refused" if isinstance(error, AdapterRefused | LimitExceeded) else end
             return error
+        finally:
+            self._metrics.ended(end, time.monotonic() - started)
 
     def ingest_upload(self, tenant_id: str, name: str, upload_id: str) -> None:
         """The same for a presigned upload; its record says how it ended."""
@@ -82,6 +98,38 @@ def sweep_forever(store: ObjectStore) -> None:
             logger.info("swept the store: %s", sweep(store, Catalogue(store)))
         except AdapterStoreError as error:
             logger.warning("the store wasn't swept, the next try is in an hour: %s", error)
+
+
+class IngestActor(IngestWorker):
+    """The worker with its metrics port."""
+
+    def __init__(self, settings: Settings, base_model: str) -> None:
+        configure_logs(settings.logs, "ingest")
+        super().__init__(settings, base_model)
+        token = settings.metrics_token
+        port, _ = serve_metrics(
+            self.registry, settings.metrics_host, token=token.get_secret_value() if token else None
+        )
+        target = Target(
+            "ingest", advertised(settings.internal_host), port, {"replica": INGEST_NAME}
+        )
+        threading.Thread(
+            target=register_forever, args=(target,), name="register", daemon=True
+        ).start()
+
+
+def register_forever(target: Target) -> None:
+    """Tells the controller of this actor's exporter, again and again: it may be restarted."""
+    controller = NamedActor(CONTROLLER_NAME)
+    fields = (target.kind, dict(target.labels), target.host, target.port)
+
+    async def run() -> None:
+        while True:
+            with contextlib.suppress(ActorUnavailable):
+                await controller.call("register_target", *fields)
+            await asyncio.sleep(_REGISTER_EVERY_S)
+
+    asyncio.run(run())
 
 
 def finish_upload(
@@ -117,7 +165,7 @@ def start_ingest(settings: Settings, base_model: BaseModel) -> Any:
     """The cluster's ingest actor, started if there is none."""
     return start_named(
         INGEST_NAME,
-        IngestWorker,
+        IngestActor,
         settings,
         base_model.to_json(),
         num_cpus=INGEST_CPUS,

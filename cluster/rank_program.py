@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapter_store import BaseModel, ModelSource
 from .errors import SettingsError
+from .logs import LogConfig, configure_logs
 from .model import model_source
 from .settings import Settings
 
@@ -34,6 +35,7 @@ class RankProgram:
         host_bytes: how much of the node's memory they may fill; 0: none.
         scratch: folder where packs of another version are made anew.
         base: the model that they are made for.
+        logs: of the ranks' processes.
     """
 
     config: EngineConfig
@@ -44,10 +46,12 @@ class RankProgram:
     host_bytes: int
     scratch: Path
     base: BaseModel
+    logs: LogConfig = field(default_factory=LogConfig)
 
     def build(self, rendezvous: str) -> EngineLike:
         from ..workers import Engine
 
+        configure_logs(self.logs, "engine")
         return Engine(self._config(rendezvous), self._packs())
 
     def _packs(self) -> PackSource:
@@ -67,6 +71,7 @@ class RankProgram:
     def follow(self, rank: int, rendezvous: str) -> None:
         from ..workers import run_follower
 
+        configure_logs(self.logs, "engine")
         run_follower(self._config(rendezvous), rank)
 
     def _config(self, rendezvous: str) -> EngineConfig:
@@ -119,6 +124,7 @@ def rank_program(settings: Settings, base: BaseModel, threads: int) -> RankProgr
         host_bytes=settings.host_cache_bytes,
         scratch=settings.scratch_dir,
         base=base,
+        logs=settings.logs,
     )
 
 

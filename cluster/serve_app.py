@@ -89,6 +89,8 @@ def groups_app(settings: Settings) -> serve.Application:
         metrics_token=token.get_secret_value() if token else None,
         step_timeout_s=settings.step_timeout_s,
         drain_timeout_s=settings.drain_s,
+        logs=settings.logs,
+        trace_endpoint=settings.trace_endpoint,
     )
     target = TARGET_FILL * settings.max_running
     return worker_group_app(config, settings.groups, settings.max_groups, target)

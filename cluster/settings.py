@@ -26,6 +26,7 @@ from pydantic_settings import (
 )
 
 from .errors import ClusterSecretError, SettingsError
+from .logs import LogConfig
 from .settings_sources import ENV_PREFIX, Sources, read_sources
 
 RAY_NAMESPACE = "loraplex"
@@ -60,6 +61,11 @@ class Settings(BaseSettings):
     metrics_host: str = Field("127.0.0.1", description="address of the metrics exporters")
     metrics_port: int = Field(0, ge=0, le=65535, description="port of the admin side's metrics")
     metrics_token: SecretStr | None = Field(None, description="bearer token of the exporters")
+    log_format: Literal["text", "json"] = Field("text", description="lines of every process's log")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO")
+    trace_endpoint: str | None = Field(
+        None, description="OTLP collector, http://host:4318/v1/traces; none: no traces"
+    )
     data_dir: Path = Field(Path(".loraplex"), description="local state: store, disk tier, logs")
     cluster_secret: SecretStr | None = Field(None, description="shared by gateways and groups")
     cluster_secret_file: Path | None = Field(None, description="default: DATA_DIR/cluster.secret")
@@ -196,7 +202,7 @@ class Settings(BaseSettings):
     def _take_path(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
 
-    @field_validator("store_endpoint", "store_public_endpoint", "model_endpoint")
+    @field_validator("store_endpoint", "store_public_endpoint", "model_endpoint", "trace_endpoint")
     @classmethod
     def _check_endpoint(cls, value: str | None) -> str | None:
         if value is not None:
@@ -284,6 +290,10 @@ class Settings(BaseSettings):
             "region": self.store_region,
             "kms_key": self.store_kms_key,
         }
+
+    @property
+    def logs(self) -> LogConfig:
+        return LogConfig(self.log_format, self.log_level)
 
     @property
     def secret_path(self) -> Path:

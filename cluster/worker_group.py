@@ -21,9 +21,11 @@ from ..workers import (
     RankProgram,
 )
 from .group_scaling import METRIC, ByOpenSequences
+from .logs import LogConfig, configure_logs
 from .metrics import EngineMetrics, MetricsServer, new_registry, serve_metrics
 from .named_actors import CONTROLLER_NAME, NamedActor
 from .replica_address import advertised, listen_on_node_address
+from .tracing import make_tracer
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ class WorkerGroupConfig:
         start_timeout_s: loading the model and warming up must be done by then.
         step_timeout_s: a group whose engine step takes longer counts as hung.
         drain_timeout_s: how long open requests may take when the group is stopped.
+        logs: of the front's process.
+        trace_endpoint: of the collector of traces, if there is one.
     """
 
     deployment: str
@@ -65,6 +69,8 @@ class WorkerGroupConfig:
     start_timeout_s: float = 600.0
     step_timeout_s: float = 30.0
     drain_timeout_s: float = 30.0
+    logs: LogConfig = field(default_factory=LogConfig)
+    trace_endpoint: str | None = None
 
 
 def worker_group_app(
@@ -114,7 +120,9 @@ class WorkerGroup:
 
     async def __init__(self, config: WorkerGroupConfig):
         listen_on_node_address()
+        configure_logs(config.logs, "group")
         self._config = config
+        self._tracer = make_tracer(config.trace_endpoint, "loraplex-group")
         self._controller = NamedActor(CONTROLLER_NAME)
         self._group = serve.get_replica_context().replica_id.unique_id
         self._seen_epoch = 0
@@ -129,7 +137,8 @@ class WorkerGroup:
                 ranks=config.tp_size,
                 max_open=config.max_open,
                 step_timeout_s=config.step_timeout_s,
-            )
+            ),
+            self._tracer.group_request if self._tracer is not None else None,
         )
         try:
             await self._front.start()
@@ -175,6 +184,8 @@ class WorkerGroup:
         await self._front.close()
         if self._ranks is not None:
             self._ranks.kill()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
 

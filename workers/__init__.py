@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from .front.group_front import FrontConfig, GroupFront
+    from .front.traces import RequestTrace
     from .group import GroupRanks, RankPlacement
     from .handshake import ClientHandshake
     from .model_runner import run_follower
@@ -77,6 +78,7 @@ _HOME = {
     "PoolFull": "errors",
     "RankPlacement": "group",
     "RankProgram": "engine_process",
+    "RequestTrace": "front.traces",
     "SamplingParams": "request",
     "TokenLogprob": "request",
     "TokenOutput": "request",
@@ -120,6 +122,7 @@ __all__ = [
     "PoolFull",
     "RankPlacement",
     "RankProgram",
+    "RequestTrace",
     "SamplingParams",
     "TokenLogprob",
     "TokenOutput",

@@ -7,6 +7,7 @@ what turns out to have ended has one token computed in vain, which nobody sees.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 from .comm import Comm
 from .config import EngineConfig
+from .engine_account import EngineAccount
 from .errors import AdapterTooLarge, GrammarInvalid
 from .flight import StepResult, launch
 from .host_state import HostState
@@ -30,6 +32,8 @@ from .sampling.grammar import Grammars
 from .scheduler import Refusal, Scheduler
 from .sequence import Sequence
 from .step import Step
+
+log = logging.getLogger(__name__)
 
 _COMPILE_S = 10.0  # that a request's grammar may take, waiting for others' included
 # Of a step that has nothing to do until a grammar is compiled or an adapter has come.
@@ -92,6 +96,7 @@ class Engine:
             weights_seconds=self._runner.weights_seconds,
             ready_seconds=self._runner.ready_seconds,
         )
+        self._account = EngineAccount(self._report, self._residency, self._kv, self._runner.device)
 
     def submit(self, request: GenerationRequest) -> None:
         """Queues a request. What is wrong with it comes as its output of the next step."""
@@ -238,6 +243,7 @@ class Engine:
         r.loads, r.load_seconds, r.load_bytes = dict(res.loads), res.load_seconds, res.load_bytes
         r.load_failures, r.evictions = res.load_failures, res.evictions
         r.compiles_after_ready = len(self._runner.compiles.kernels)
+        self._account.fill()
         return EngineReport.from_wire(r.to_wire())
 
     def close(self) -> None:
@@ -269,7 +275,9 @@ class Engine:
         return None
 
     def _refuse(self, refusal: Refusal) -> TokenOutput:
-        del self._sequences[refusal.seq.request.request_id]
+        request = refusal.seq.request
+        log.warning("request refused: %s", refusal.error, extra=request.log_fields)
+        del self._sequences[request.request_id]
         too_large = isinstance(refusal.error, AdapterTooLarge)
         code = "adapter_too_large" if too_large else "adapter_load_failed"
         return _failed(refusal.seq.request.request_id, code, str(refusal.error))
@@ -280,7 +288,9 @@ class Engine:
         Args:
             before: the step whose sampled ids aren't read yet.
         """
-        work, refusals = self._scheduler.schedule()
+        scheduler = self._scheduler
+        self._account.look(scheduler.waiting, len(scheduler.running), self.config.max_batch_tokens)
+        work, refusals = scheduler.schedule()
         refused = [self._refuse(r) for r in refusals]
         carried = before.plan.index_of_draws() if before is not None else {}
         changes = self._residency.take_changes()
@@ -293,6 +303,7 @@ class Engine:
         if not work:
             return None, refused
         flight = _Flight(plan, self._execute(plan), overlaps)
+        self._account.launched(plan)
         for w in work:
             self._scheduler.launched(w)
         for seq in plan.drawing:
@@ -325,6 +336,7 @@ class Engine:
                 continue
             seq.unread -= 1
             if not finite:
+                log.error("the output isn't finite", extra=seq.request.log_fields)
                 self._end(seq)
                 outputs.append(
                     _failed(
@@ -350,6 +362,7 @@ class Engine:
         out = TokenOutput(seq.request.request_id, [token])
         if not seq.started:
             seq.started = True
+            seq.times.first_token_s = time.monotonic()
             out.tier, out.cached_tokens = seq.tier, seq.cached_tokens or 0
             out.prompt_logprobs = seq.prompt_logprobs
             seq.prompt_logprobs = None
@@ -357,6 +370,8 @@ class Engine:
         out.finish_reason = self._finish_reason(seq, token)
         if out.finish_reason is not None:
             self._end(seq)
+            if seq.request.traceparent is not None:
+                out.spans = seq.times.spans(time.monotonic())
         return out
 
     def _finish_reason(self, seq: Sequence, token: int) -> FinishReason | None:

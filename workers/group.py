@@ -58,6 +58,7 @@ class RankActor:
 
     def _run(self, rendezvous: str) -> None:
         # To the worker's log file: Python drops what is less than a warning unless told otherwise.
+        # A program may do better, for it knows the settings.
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger(__package__).setLevel(logging.INFO)
         # The actor has no use without its rank, and a clean exit of the interpreter could wait

@@ -44,7 +44,23 @@ class EngineReport:
     load_failures: int = 0
     evictions: int = 0
     prefix_hit_tokens: int = 0
+    # How far tenants' virtual token counters are above a newcomer's: of at most REPORTED_TENANTS,
+    # first of those with waiting requests, then of those furthest ahead.
+    tenant_leads: dict[str, float] = field(default_factory=dict)
+    tenants_waiting: dict[str, int] = field(default_factory=dict)  # of the same: waiting requests
     compiles_after_ready: int = 0  # kernels of rank 0 that requests had to wait for
+    # For metrics alone; nothing is decided by them.
+    admissions: dict[str, int] = field(default_factory=dict)  # tier of the adapter -> requests
+    queue_seconds: dict[str, float] = field(default_factory=dict)  # `queue_time.Cause` -> seconds
+    step_tokens: int = 0  # that went through the model
+    step_adapters: int = 0  # distinct ones, added up over steps
+    step_adapter_bytes: int = 0  # of the pool, that those take
+    pool_bytes_active: int = 0  # of adapters that running requests use
+    tier_load_seconds: dict[str, float] = field(default_factory=dict)  # fetch and copy, by source
+    tier_load_bytes: dict[str, int] = field(default_factory=dict)
+    device_bytes_total: int = 0  # rank 0's GPU; 0 on CPUs
+    device_bytes_used: int = 0
+    store_requests: dict[str, int] = field(default_factory=dict)  # "GetObject/ok" -> requests
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)

@@ -140,9 +140,19 @@ class GenerationRequest:
     tenant_id: str
     adapter: AdapterRef | None = None  # None: the base model
     output_ids: tuple[int, ...] = ()
+    traceparent: str | None = None  # W3C trace context; None: nobody traces this request
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """`extra` of log lines: the HTTP request's id, which this one's begins with, and whose."""
+        return {
+            "request_id": self.request_id.rpartition(".")[0] or self.request_id,
+            "tenant": self.tenant_id,
+            "digest": self.adapter.digest if self.adapter else "base",
+        }
 
     def to_wire(self) -> dict[str, Any]:
-        return {
+        msg: dict[str, Any] = {
             "id": self.request_id,
             "prompt": list(self.prompt_ids),
             "tenant": self.tenant_id,
@@ -150,6 +160,9 @@ class GenerationRequest:
             "output": list(self.output_ids),
             "sampling": self.sampling.to_wire(),
         }
+        if self.traceparent is not None:
+            msg["traceparent"] = self.traceparent
+        return msg
 
     @classmethod
     def from_wire(cls, msg: Mapping[str, Any]) -> GenerationRequest:
@@ -162,6 +175,7 @@ class GenerationRequest:
             tenant_id=msg["tenant"],
             adapter=AdapterRef(msg["tenant"], msg["adapter"]) if msg["adapter"] else None,
             output_ids=tuple(msg["output"]),
+            traceparent=msg.get("traceparent"),
         )
 
 
@@ -192,6 +206,7 @@ class TokenOutput:
     error: str | None = None
     tier: str | None = None  # "base" | "gpu" | "host" | "disk" | "s3"
     cached_tokens: int = 0
+    spans: dict[str, float] | None = None  # `RequestTimes.spans`, with a traced one's last output
 
     def to_wire(self) -> dict[str, Any]:
         def lp(x: TokenLogprob | None) -> list[Any] | None:
@@ -207,6 +222,8 @@ class TokenOutput:
                 msg[name] = getattr(self, name)
         if self.cached_tokens:
             msg["cached"] = self.cached_tokens
+        if self.spans is not None:
+            msg["spans"] = self.spans
         return msg
 
     @classmethod
@@ -226,4 +243,5 @@ class TokenOutput:
             error=msg.get("error"),
             tier=msg.get("tier"),
             cached_tokens=msg.get("cached", 0),
+            spans=msg.get("spans"),
         )

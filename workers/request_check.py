@@ -64,6 +64,12 @@ _REQUEST: dict[str, _Rule] = {
     ),
     "sampling": ("a map", lambda v: isinstance(v, Mapping)),
 }
+_OPTIONAL: dict[str, _Rule] = {
+    "traceparent": (
+        "a text of at most 128 characters",
+        lambda v: isinstance(v, str) and len(v) <= 128,
+    ),
+}
 _SAMPLING: dict[str, _Rule] = {
     "max_tokens": ("an integer, 0 or more", _count),
     "min_tokens": ("an integer, 0 or more", _count),
@@ -85,7 +91,8 @@ _SAMPLING: dict[str, _Rule] = {
 
 
 def check_request(msg: Mapping[str, Any]) -> None:
-    """Checks the wire form of a `GenerationRequest`. Fields of `sampling` may be missing.
+    """Checks the wire form of a `GenerationRequest`. Fields of `sampling` and a `traceparent` may
+    be missing.
 
     Raises:
         ValueError: a field is missing, unknown or not what it must be; the message names it.
@@ -93,7 +100,7 @@ def check_request(msg: Mapping[str, Any]) -> None:
     missing = _REQUEST.keys() - msg.keys()
     if missing:
         raise ValueError(f"{min(missing)!r} is missing")
-    _check(msg, _REQUEST, "")
+    _check(msg, {**_REQUEST, **_OPTIONAL}, "")
     _check(msg["sampling"], _SAMPLING, "sampling.")
 
 

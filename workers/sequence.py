@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from .host_state import HostState
 from .kv_blocks import BlockHash, first_hash, next_hash
 from .request import GenerationRequest, TokenLogprob
+from .request_times import RequestTimes
 
 
 @dataclass(eq=False)
@@ -39,6 +40,7 @@ class Sequence:
     overtaken: int = 0  # requests admitted before this one while it waited for pool room
     prompt_logprobs: list[TokenLogprob | None] | None = None
     host: HostState | None = None  # of requests whose sampling says `host_state`
+    times: RequestTimes = field(default_factory=RequestTimes)
 
     def __post_init__(self) -> None:
         self.owner = self.adapter_key or f"{self.request.tenant_id}/base"

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...adapter_store import Catalogue, ObjectStore, next_epoch
 from ..errors import SettingsError
+from ..logs import configure_logs
 from ..metrics import (
     ControllerMetrics,
     MetricsServer,
@@ -58,6 +59,7 @@ class ControllerActor:
     """
 
     async def __init__(self, settings: Settings, config: ControllerConfig) -> None:
+        configure_logs(settings.logs, "controller")
         token = settings.metrics_token
         self._token = token.get_secret_value() if token else None
         self._settings = settings

@@ -117,12 +117,13 @@ def admin_router(deps: GatewayDeps, watch: GenerationWatch) -> APIRouter:
         "/tenants/{tenant_id}", status_code=204, summary="Delete a tenant and all it has"
     )
     async def delete(tenant_id: str) -> Response:
-        await find(tenant_id)
+        tenant = await find(tenant_id)
         aliases = await deps.in_thread(catalogue.adapters, tenant_id)
         digests = {v.digest for alias in aliases.values() for v in alias.versions}
         await deps.in_thread(catalogue.delete_tenant, tenant_id)
         await watch.poll()
         await purge(deps, [f"{tenant_id}/{digest}" for digest in sorted(digests)])
+        deps.metrics.tenant_removed(tenant.name)
         return Response(status_code=204)
 
     @router.post("/tenants/{tenant_id}/keys", status_code=201, summary="Make a key")

@@ -42,7 +42,7 @@ async def reserve(deps: GatewayDeps, caller: Caller, tokens: int) -> Reservation
     if grant.wait_s == 0:
         return Reservation(deps.limits, caller, tokens, headers)
     if math.isinf(grant.wait_s):
-        deps.metrics.rate_limited("tokens")
+        deps.metrics.limit_hit(caller.tenant_name, "tokens")
         raise ApiError(
             429,
             "request_too_large",
@@ -54,7 +54,7 @@ async def reserve(deps: GatewayDeps, caller: Caller, tokens: int) -> Reservation
     short = grant.requests_left is not None and grant.requests_left < 1
     limit = "requests" if short else "tokens"
     per_minute = rates.requests_per_minute if short else rates.tokens_per_minute
-    deps.metrics.rate_limited(limit)
+    deps.metrics.limit_hit(caller.tenant_name, limit)
     retry_after = max(1, math.ceil(grant.wait_s))
     raise ApiError(
         429,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -21,6 +21,9 @@ from ...adapter_store import (
     UploadNotFound,
 )
 from ..errors import ActorUnavailable, ApiError
+
+if TYPE_CHECKING:
+    from ..metrics import GatewayMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -97,11 +100,15 @@ def _from_http(error: HTTPException) -> ApiError:
     return ApiError(error.status_code, code, message, headers=error.headers)
 
 
-def install_error_handlers(app: FastAPI) -> None:
+def install_error_handlers(app: FastAPI, metrics: GatewayMetrics) -> None:
     """Every error leaves as an OpenAI error object."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        return error_response(_translate(error))
+        caller = getattr(request.state, "caller", None)
+        told = _translate(error)
+        if told.code == "limit_exceeded" and told.param is not None and caller is not None:
+            metrics.limit_hit(caller.tenant_name, told.param)
+        return error_response(told)
 
     for kind in (
         ApiError,

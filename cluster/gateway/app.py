@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI, Security
 from fastapi.security import HTTPBearer
@@ -22,6 +23,7 @@ from .middleware import BodyLimitMiddleware, RequestMiddleware
 from .models import models_router
 from .presigned import presigned_router
 from .resolve import ModelResolver
+from .series_sweep import sweep_forever
 
 # Only tells /docs that a key is needed: AuthMiddleware checks it.
 _KEY = Security(HTTPBearer(auto_error=False))
@@ -39,7 +41,8 @@ def build_gateway(deps: GatewayDeps, *, sends_request_id: bool = True) -> FastAP
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await watch.poll()
-        tasks = [asyncio.create_task(run()) for run in (watch.run, *deps.background)]
+        sweeping = partial(sweep_forever, deps, watch)
+        tasks = [asyncio.create_task(run()) for run in (watch.run, sweeping, *deps.background)]
         try:
             yield
         finally:
@@ -53,7 +56,7 @@ def build_gateway(deps: GatewayDeps, *, sends_request_id: bool = True) -> FastAP
         summary="OpenAI-compatible serving of many tenants' LoRA adapters over one base model",
         lifespan=lifespan,
     )
-    install_error_handlers(app)
+    install_error_handlers(app, deps.metrics)
     # The last one added sees a request first.
     app.add_middleware(BodyLimitMiddleware, deps=deps)
     app.add_middleware(AuthMiddleware, deps=deps, authenticator=Authenticator(deps, watch))

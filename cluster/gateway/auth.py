@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...adapter_store import StoreUnavailable, TenantNotFound
 from ..errors import ApiError
 from ..limiter import Rates, TokenBucket
+from ..logs import add_log_fields
 from .answers import error_response, store_unavailable
 from .deps import GatewayDeps
 from .freshness import GenerationWatch, Stamp
@@ -22,7 +23,7 @@ UNKNOWN_S = 30.0
 CACHE_KEYS = 20_000
 CACHE_SOURCES = 10_000
 
-_ADMIN_PREFIXES = ("/admin", "/metrics")
+_ADMIN_PREFIXES = ("/admin",)
 _TENANT_PREFIXES = ("/v1",)
 _REASONS = {  # as metrics name them
     "missing_api_key": "missing",
@@ -163,7 +164,7 @@ class Authenticator:
 class AuthMiddleware:
     """Puts the caller into `request.state.caller`, or answers 401, 403 or 429.
 
-    Paths outside of /v1, /admin and /metrics are open.
+    Paths outside of /v1 and /admin are open.
     """
 
     def __init__(self, app: ASGIApp, deps: GatewayDeps, authenticator: Authenticator) -> None:
@@ -180,6 +181,7 @@ class AuthMiddleware:
                 await error_response(error)(scope, receive, send)
                 return
             scope.setdefault("state", {})["caller"] = caller
+            add_log_fields(tenant=caller.tenant_name or "admin")
         await self._app(scope, receive, send)
 
     async def _admit(self, scope: Scope, area: str) -> Caller:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 import uuid
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from starlette.requests import Request
 
 from ...workers import GenerationRequest, TokenLogprob
 from ..errors import ApiError
+from ..logs import add_log_fields
 from .admission import OPEN_END_TOKENS, Reservation, reserve
 from .assembler import TokenText
 from .auth import Caller
@@ -115,6 +117,7 @@ async def prepare(
         ApiError: 400 context_length_exceeded or invalid_grammar, 429.
     """
     caller: Caller = request.state.caller
+    add_log_fields(digest=target.label)
     jobs: list[Job] = []
     estimate = 0
     for prompt_index, prompt in enumerate(prompts):
@@ -136,11 +139,12 @@ async def prepare(
                     prompt_index=prompt_index,
                     request=GenerationRequest(
                         # Never the client's own id: streams of a connection are told apart by it.
-                        request_id=uuid.uuid4().hex,
+                        request_id=f"{request.state.request_id}.{secrets.token_hex(8)}",
                         prompt_ids=tuple(prompt),
                         sampling=plan.for_choice(room, k),
                         tenant_id=caller.tenant_id,
                         adapter=target.adapter,
+                        traceparent=request.state.traceparent,
                     ),
                 )
             )

@@ -19,11 +19,13 @@ from ..dispatch import Dispatcher
 from ..errors import ActorUnavailable
 from ..ingest import make_uploads
 from ..leases import LocalLeases
+from ..logs import configure_logs
 from ..metrics import GatewayMetrics, MetricsServer, Target, new_registry, serve_metrics
 from ..model import base_model, model_source
 from ..replica_address import advertised, listen_on_node_address
 from ..routing import Ask, GroupLoad, decide
 from ..settings import Settings
+from ..tracing import Tracer, make_tracer
 from .app import build_gateway
 from .deps import GatewayDeps
 from .tokenizer import TextTokenizer
@@ -48,12 +50,15 @@ class Gateway:
 
     _dispatcher: Dispatcher | None = None
     _metrics_server: MetricsServer | None = None
+    _tracer: Tracer | None = None
 
     def __init__(self, settings: Settings) -> None:
         listen_on_node_address()
+        configure_logs(settings.logs, "gateway")
         model = model_source(settings)
         self._registry = new_registry()
         self._metrics = GatewayMetrics(self._registry)
+        self._tracer = make_tracer(settings.trace_endpoint, "loraplex-gateway")
         control = ControlClient()
         leases = LocalLeases(LimiterClient(), time.monotonic)
         store = ObjectStore(**settings.store_options())
@@ -71,6 +76,7 @@ class Gateway:
             limits=leases,
             control=control,
             metrics=self._metrics,
+            tracer=self._tracer,
             background=[leases.run, partial(_register, control, self._export(settings))],
         )
 
@@ -84,6 +90,8 @@ class Gateway:
             await self._dispatcher.close()
         if self._metrics_server is not None:
             self._metrics_server.close()
+        if self._tracer is not None:
+            self._tracer.close()
 
     def _export(self, settings: Settings) -> Target:
         """Opens this replica's metrics port."""

@@ -16,7 +16,8 @@ from .tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from ...adapter_store import BaseModel, Catalogue
-    from ..metrics import GatewayMetrics, Target
+    from ..metrics import GatewayMetrics
+    from ..tracing import Tracer
     from ..uploads import Uploads
 
 P = ParamSpec("P")
@@ -66,10 +67,6 @@ class Control(Protocol):
         """Tells all groups to drop these adapters (`AdapterRef.key`)."""
         ...
 
-    async def metrics_targets(self) -> list[Target]:
-        """Every process's exporter."""
-        ...
-
 
 @dataclass
 class GatewayDeps:
@@ -89,6 +86,7 @@ class GatewayDeps:
     limits: Limits
     control: Control
     metrics: GatewayMetrics
+    tracer: Tracer | None = None
     background: list[Callable[[], Any]] = field(default_factory=list)
     threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store")

@@ -12,12 +12,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import ApiError
+from ..logs import begin_log_fields, log_fields
 from .answers import error_response
 from .deps import GatewayDeps
 
 logger = logging.getLogger(__name__)
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_QUIET = frozenset({"/health", "/ready"})  # asked for every few seconds, by machines
 CLIENT_CLOSED = 499  # nginx's number for a client that went away
 MULTIPART_OVERHEAD = 1 << 20  # boundaries, headers and adapter_config.json
 
@@ -40,7 +42,13 @@ class RequestMiddleware:
             return
         started = time.monotonic()
         request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
+        begin_log_fields(request_id=request_id)
+        span = None
+        if self._deps.tracer is not None:
+            span = self._deps.tracer.begin(scope["method"], _header(scope, b"traceparent"))
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state["traceparent"] = span.traceparent if span is not None else None
         status = CLIENT_CLOSED
         begun = False
 
@@ -68,7 +76,14 @@ class RequestMiddleware:
             await error_response(error)(scope, receive, send_on)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
-            self._deps.metrics.request(route, status, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            self._deps.metrics.request(route, status, seconds)
+            extra = {"route": route, "status": status, "seconds": round(seconds, 4)}
+            level = logging.DEBUG if route in _QUIET else logging.INFO
+            logger.log(level, "%s %s", scope["method"], route, extra=extra)
+            if span is not None:
+                fields = {f"loraplex.{name}": str(value) for name, value in log_fields().items()}
+                span.end(f"{scope['method']} {route}", status, fields)
 
 
 class BodyLimitMiddleware:
@@ -109,7 +124,9 @@ class BodyLimitMiddleware:
 
 
 def _request_id(scope: Scope) -> str:
-    for key, value in scope["headers"]:
-        if key == b"x-request-id" and _CLIENT_ID.fullmatch(text := value.decode("latin-1")):
-            return text
-    return uuid.uuid4().hex
+    given = _header(scope, b"x-request-id")
+    return given if given and _CLIENT_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    return next((v.decode("latin-1") for k, v in scope["headers"] if k == name), None)

@@ -47,13 +47,9 @@ def _close(deps: GatewayDeps, work: Work) -> None:
     # A prompt that no group has begun isn't charged.
     prompt_tokens = work.usage.prompt_tokens if work.usage.began else 0
     work.reservation.settle(prompt_tokens + work.usage.completion_tokens)
-    deps.metrics.generation_ended()
-    deps.metrics.tokens(
-        work.caller.tenant_name,
-        work.target.adapter_name,
-        prompt_tokens,
-        work.usage.completion_tokens,
-    )
+    caller, adapter = work.caller, work.target.adapter_name
+    deps.metrics.generation_ended(caller.tenant_name, caller.tenant_id, adapter)
+    deps.metrics.tokens(caller.tenant_name, adapter, prompt_tokens, work.usage.completion_tokens)
 
 
 async def _observed(
@@ -66,7 +62,8 @@ async def _observed(
             now = time.monotonic()
             before = last.get(item.job.index)
             if before is None and not last:
-                deps.metrics.first_token(work.usage.tier, now - work.started)
+                tenant = work.caller.tenant_name
+                deps.metrics.first_token(tenant, work.usage.tier, now - work.started)
             elif before is not None and item.tokens:
                 deps.metrics.next_tokens(item.tokens, now - before)
             last[item.job.index] = now

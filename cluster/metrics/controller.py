@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from prometheus_client import CollectorRegistry
 
 from .engine import add_up
-from .instruments import counter, gauge, histogram, set_adapter_gauge, set_gauge
+from .instruments import counter, gauge, histogram, set_gauge, set_top_gauge
+from .store import StoreRequests
 
 
 class ControllerMetrics:
     """Metrics of the controller; one `tick` call per tick, counts are cumulative."""
 
     def __init__(self, registry: CollectorRegistry, *, top_adapters: int = 50) -> None:
+        StoreRequests(registry)
         self._top_adapters = top_adapters
         self._epoch = gauge("loraplex_controller_epoch", registry)
         self._groups = gauge("loraplex_controller_groups", registry)
@@ -60,7 +62,7 @@ class ControllerMetrics:
         self._placed.set(placed)
         self._replicas.set(replicas)
         self._purges.set(pending_purges)
-        set_adapter_gauge(self._demand, add_up(demand), (), self._top_adapters)
+        set_top_gauge(self._demand, add_up(demand), (), self._top_adapters)
         self._lost.inc(self._new(totals, "groups_lost"))
         self._moved_bytes.inc(self._new(totals, "moved_bytes"))
         for result in ("planned", "done", "dropped"):

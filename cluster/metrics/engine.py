@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from prometheus_client import CollectorRegistry, Counter
 
 from ...workers import EngineReport
-from .instruments import AdapterSeries, Key, counter, gauge, set_adapter_gauge
+from .instruments import BoundedSeries, Key, counter, gauge, set_top_gauge
+from .metric import TIERS
+from .store import StoreRequests
 
 _GAUGES = {
     "queued": "loraplex_engine_queued_requests",
@@ -17,16 +19,32 @@ _GAUGES = {
     "kv_blocks_used": "loraplex_engine_kv_used_blocks",
     "pool_bytes_total": "loraplex_engine_pool_bytes",
     "pool_bytes_used": "loraplex_engine_pool_used_bytes",
+    "pool_bytes_active": "loraplex_engine_pool_active_bytes",
+    "weights_bytes": "loraplex_engine_weights_bytes",
+    "ready_seconds": "loraplex_engine_ready_seconds",
+    "device_bytes_total": "loraplex_engine_device_bytes",
+    "device_bytes_used": "loraplex_engine_device_used_bytes",
 }
 _COUNTERS = {
     "steps": "loraplex_engine_steps_total",
     "step_seconds": "loraplex_engine_step_seconds_total",
     "preemptions": "loraplex_engine_preemptions_total",
     "prefix_hit_tokens": "loraplex_engine_prefix_hit_tokens_total",
-    "load_seconds": "loraplex_engine_load_seconds_total",
-    "load_bytes": "loraplex_engine_load_bytes_total",
     "load_failures": "loraplex_engine_load_failures_total",
     "evictions": "loraplex_engine_evictions_total",
+    "step_tokens": "loraplex_engine_step_tokens_total",
+    "step_adapters": "loraplex_engine_step_adapters_total",
+    "step_adapter_bytes": "loraplex_engine_step_adapter_bytes_total",
+    "compiles_after_ready": "loraplex_engine_late_compiles_total",
+}
+# Fields that are maps, and the values of the second label (the first is the group) that are
+# always there.
+_BY_LABEL = {
+    "loads": ("loraplex_engine_loads_total", TIERS[1:]),
+    "tier_load_seconds": ("loraplex_engine_load_seconds_total", TIERS[1:]),
+    "tier_load_bytes": ("loraplex_engine_load_bytes_total", TIERS[1:]),
+    "admissions": ("loraplex_engine_admitted_requests_total", ("base", *TIERS)),
+    "queue_seconds": ("loraplex_engine_queue_seconds_total", ()),
 }
 SHORT_DIGEST = 12  # hex digits shown of a digest: 48 bits tell a tenant's adapters apart
 
@@ -67,14 +85,22 @@ class EngineMetrics:
         self._counters = {f: counter(n, registry).labels(group) for f, n in _COUNTERS.items()}
         self._prompt = counter("loraplex_engine_prompt_tokens_total", registry)
         self._output = counter("loraplex_engine_output_tokens_total", registry)
-        self._loads = counter("loraplex_engine_loads_total", registry)
+        self._of_tenant = {
+            "tenant_leads": gauge("loraplex_engine_tenant_lead_tokens", registry),
+            "tenants_waiting": gauge("loraplex_engine_tenant_waiting_requests", registry),
+        }
+        self._by_label = {f: counter(n, registry) for f, (n, _) in _BY_LABEL.items()}
+        for name, (_, values) in _BY_LABEL.items():
+            for value in values:
+                self._by_label[name].labels(group, value)
         self._resident = gauge("loraplex_engine_resident_adapters", registry)
         self._loading = gauge("loraplex_engine_loading_adapters", registry)
         self._bytes = gauge("loraplex_engine_adapter_bytes", registry)
-        self._adapters = AdapterSeries(
+        self._adapters = BoundedSeries(
             (self._prompt, self._output), (group,), top_adapters, clock=clock
         )
         self._last = EngineReport()
+        StoreRequests(registry, self._store_requests)
 
     def update(self, report: EngineReport) -> None:
         """Takes over a report; call it with each one, in order."""
@@ -83,8 +109,10 @@ class EngineMetrics:
             metric.set(getattr(report, name))
         for name, metric in self._counters.items():
             metric.inc(_delta(getattr(report, name), getattr(last, name)))
-        for tier, count in report.loads.items():
-            self._loads.labels(self._group, tier).inc(_delta(count, last.loads.get(tier, 0)))
+        for name, metric in self._by_label.items():
+            before = getattr(last, name)
+            for value, count in getattr(report, name).items():
+                metric.labels(self._group, value).inc(_delta(count, before.get(value, 0)))
         self._resident.labels(self._group, "gpu").set(len(report.gpu))
         self._resident.labels(self._group, "host").set(len(report.host))
         self._resident.labels(self._group, "disk").set(len(report.disk))
@@ -97,8 +125,18 @@ class EngineMetrics:
         for tenant, adapter in self._adapters.kept() - held:
             if adapter != "base":
                 self._adapters.leave(tenant, adapter)
-        set_adapter_gauge(self._bytes, here, (self._group,), self._top_adapters)
+        for name, metric in self._of_tenant.items():
+            figures = {(tenant,): float(n) for tenant, n in getattr(report, name).items()}
+            set_top_gauge(metric, figures, (self._group,), self._top_adapters)
+        set_top_gauge(self._bytes, here, (self._group,), self._top_adapters)
         self._last = report
+
+    def _store_requests(self) -> dict[tuple[str, str], int]:
+        counts: dict[tuple[str, str], int] = {}
+        for name, count in self._last.store_requests.items():
+            operation, _, result = name.partition("/")
+            counts[operation, result] = count
+        return counts
 
     def _count_tokens(
         self, metric: Counter, now: Mapping[str, int], before: Mapping[str, int]
@@ -106,7 +144,7 @@ class EngineMetrics:
         for key, count in now.items():
             new = _delta(count, before.get(key, 0))
             if new:
-                labels = self._adapters.labels(*adapter_labels(key), new)
+                labels = self._adapters.labels(*adapter_labels(key), weight=new)
                 metric.labels(*labels).inc(new)
 
 

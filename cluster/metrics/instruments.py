@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client import disable_created_metrics as _disable_created_metrics
 
-from .catalogue import METRICS, OTHER, Kind
+from .catalogue import METRICS
+from .metric import OTHER, Kind
 
 # `_created` samples would double the number of series, and no query of ours reads them.
 _disable_created_metrics()
@@ -114,15 +115,15 @@ class TopKeys:
             self._drop(key)
 
 
-class AdapterSeries:
-    """Label values (tenant, adapter) of metrics with one series per adapter, kept few.
+class BoundedSeries:
+    """Label values of metrics with one series per key ((tenant, adapter), or (tenant,)), kept few.
 
-    Metrics may have labels before these two; their values are `prefix`.
+    Metrics may have labels before these; their values are `prefix`.
     """
 
     def __init__(
         self,
-        metrics: Iterable[Counter | Gauge],
+        metrics: Iterable[Counter | Gauge | Histogram],
         prefix: Key = (),
         limit: int = 50,
         clock: Callable[[], float] = time.monotonic,
@@ -131,31 +132,31 @@ class AdapterSeries:
         self._prefix = prefix
         self._top = TopKeys(limit, self._remove, clock=clock)
 
-    def labels(self, tenant: str, adapter: str, weight: float) -> Key:
-        """Label values to count `weight` tokens of an adapter under."""
-        if self._top.admit((tenant, adapter), weight):
-            return (*self._prefix, tenant, adapter)
-        return (*self._prefix, OTHER, OTHER)
+    def labels(self, *key: str, weight: float) -> Key:
+        """Label values to count `weight` of a key's work under."""
+        shown = key if self._top.admit(key, weight) else (OTHER,) * len(key)
+        return (*self._prefix, *shown)
 
     def kept(self) -> frozenset[Key]:
-        """(tenant, adapter) pairs that have series of their own."""
+        """Keys that have series of their own."""
         return self._top.kept()
 
-    def leave(self, tenant: str, adapter: str) -> None:
-        """Removes an adapter's series: it was deleted, or this process no longer holds it."""
-        self._top.leave((tenant, adapter))
+    def leave(self, *key: str) -> None:
+        """Removes a key's series: it was deleted, or this process no longer holds it."""
+        self._top.leave(key)
 
     def _remove(self, key: Key) -> None:
         for metric in self._metrics:
             metric.remove(*self._prefix, *key)
 
 
-def set_adapter_gauge(metric: Gauge, values: Mapping[Key, float], prefix: Key, limit: int) -> None:
+def set_top_gauge(metric: Gauge, values: Mapping[Key, float], prefix: Key, limit: int) -> None:
     """Makes a gauge show exactly `values`: the `limit` largest, the rest added up as "other"."""
     ranked = sorted(values.items(), key=lambda item: (-item[1], item[0]))
     shown = {(*prefix, *key): value for key, value in ranked[:limit]}
     if len(ranked) > limit:
-        shown[(*prefix, OTHER, OTHER)] = sum(value for _, value in ranked[limit:])
+        others = (OTHER,) * len(ranked[0][0])
+        shown[(*prefix, *others)] = sum(value for _, value in ranked[limit:])
     set_gauge(metric, shown)
 
 

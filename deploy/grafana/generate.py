@@ -1,160 +1,76 @@
-"""Makes dashboards/loraplex.json from the declared metrics. Run it after changing one:
+"""Makes dashboards/*.json from the declared metrics. Run it after changing one:
 
-python deploy/grafana/generate.py
+python deploy/grafana/generate.py [--out FOLDER]
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
 from pathlib import Path
 
+from boards import BOARDS, Board, Chart, Figure, metric_charts
 from grafana_foundation_sdk.builders import dashboard, prometheus, stat, timeseries
 from grafana_foundation_sdk.builders.common import (
     ReduceDataOptions,
+    StackingConfig,
     VizLegendOptions,
     VizTooltipOptions,
 )
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models.common import LegendDisplayMode, SortOrder, TooltipDisplayMode
+from grafana_foundation_sdk.models.common import (
+    LegendDisplayMode,
+    SortOrder,
+    StackingMode,
+    TooltipDisplayMode,
+)
 from grafana_foundation_sdk.models.dashboard import (
     DashboardCursorSync,
+    DashboardLinkType,
     DataSourceRef,
     VariableRefresh,
 )
-from loraplex.cluster.metrics import METRICS, Metric
 
-OUTPUT = Path(__file__).parent / "dashboards" / "loraplex.json"
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
-RATE = "[$__rate_interval]"
-ROWS = {
-    "traffic": "Traffic",
-    "latency": "Latency",
-    "adapters": "Adapters",
-    "groups": "Groups",
-    "controller": "Controller",
-}
-QUANTILES = (0.5, 0.95, 0.99)
-ROW_IDS = 1000  # panels count from 1
-STAT_SIZE = (4, 4)  # width of 24, height
-PANEL_SIZE = (8, 8)
+OUT = Path(__file__).parent / "dashboards"
+TAG = "loraplex"
+COLUMNS = 24
+FIGURE_HEIGHT = 4
+PANEL_SIZE = (8, 8)  # columns, height
+LINE_FILL, AREA_FILL = 10, 60  # percent of opacity below a line, of a stacked area
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A single number of the overview."""
-
-    title: str
-    expr: str
-    unit: str
-    description: str
-
-
-OVERVIEW = (
-    Figure(
-        "Requests",
-        f"sum(rate(loraplex_gateway_requests_total{RATE}))",
-        "reqps",
-        "HTTP requests answered per second.",
-    ),
-    Figure(
-        "Failed",
-        f'(sum(rate(loraplex_gateway_requests_total{{code=~"5.."}}{RATE})) or vector(0))'
-        f" / clamp_min(sum(rate(loraplex_gateway_requests_total{RATE})), 1e-9)",
-        "percentunit",
-        "Share of requests answered with a 5xx code.",
-    ),
-    Figure(
-        "First token, p99",
-        "histogram_quantile(0.99, sum by (le) "
-        f"(rate(loraplex_gateway_time_to_first_token_seconds_bucket{RATE})))",
-        "s",
-        "99 of 100 requests get their first token within this time.",
-    ),
-    Figure(
-        "Tokens generated",
-        f"sum(rate(loraplex_gateway_output_tokens_total{RATE}))",
-        "short",
-        "Tokens per second, all groups.",
-    ),
-    Figure(
-        "Groups serving",
-        'sum(loraplex_controller_groups{state="serving"})',
-        "short",
-        "Worker groups that report and take requests.",
-    ),
-    Figure(
-        "Adapter pool in use",
-        "sum(loraplex_engine_pool_used_bytes) / sum(loraplex_engine_pool_bytes)",
-        "percentunit",
-        "Share of all groups' adapter pools that holds adapters.",
-    ),
-)
-
-
-def build() -> str:
-    """The dashboard as JSON text."""
-    board = (
-        dashboard.Dashboard("Loraplex")
-        .uid("loraplex")
-        .description("Multi-tenant LoRA serving: traffic, latency, adapters, groups, controller.")
-        .tags(["loraplex"])
+def build(board: Board) -> str:
+    """A dashboard as JSON text."""
+    made = (
+        dashboard.Dashboard(board.title)
+        .uid(f"loraplex-{board.name}")
+        .description(board.description)
+        .tags([TAG])
         .refresh("10s")
         .time("now-30m", "now")
         .timezone("browser")
         .readonly()
         .tooltip(DashboardCursorSync.CROSSHAIR)
+        .link(
+            dashboard.DashboardLink("Loraplex")
+            .type(DashboardLinkType.DASHBOARDS)
+            .tags([TAG])
+            .as_dropdown(True)
+            .keep_time(True)
+        )
         .with_variable(dashboard.DatasourceVariable("datasource").type("prometheus"))
-        .with_variable(_variable("group", "loraplex_engine_queued_requests"))
-        .with_variable(_variable("tenant", "loraplex_gateway_output_tokens_total"))
-        .with_row(dashboard.Row("Overview").id(ROW_IDS))
     )
-    number = 1
-    for figure in OVERVIEW:
-        board = board.with_panel(_figure_panel(figure, number))
+    for label, metric in board.variables:
+        made = made.with_variable(_variable(label, metric))
+    number = 0
+    for figure in board.figures:
         number += 1
-    for position, (row, title) in enumerate(ROWS.items(), 1):
-        board = board.with_row(dashboard.Row(title).id(ROW_IDS + position))
-        for metric in METRICS.values():
-            if metric.row == row:
-                board = board.with_panel(_metric_panel(metric, number))
-                number += 1
-        if row == "groups":
-            board = board.with_panel(_process_panel(number))
-            number += 1
-    return JSONEncoder(sort_keys=True, indent=2).encode(board.build()) + "\n"
-
-
-def queries(metric: Metric) -> list[tuple[str, str]]:
-    """(expression, legend) of a metric's panel."""
-    filters = [f'{name}=~"${name}"' for name in ("group", "tenant") if name in metric.labels]
-    selector = "{" + ",".join(filters) + "}" if filters else ""
-    legend = " ".join("{{" + name + "}}" for name in metric.labels)
-    by = f" by ({', '.join(metric.labels)})" if metric.labels else ""
-    if metric.kind == "counter":
-        return [(f"sum{by} (rate({metric.name}{selector}{RATE}))", legend)]
-    if metric.kind == "gauge":
-        # Without a unit it is a state, which doesn't add up over processes.
-        return [(f"{'sum' if metric.unit else 'max'}{by} ({metric.name}{selector})", legend)]
-    labels = ", ".join(("le", *metric.labels))
-    buckets = f"sum by ({labels}) (rate({metric.name}_bucket{selector}{RATE}))"
-    return [
-        (f"histogram_quantile({q}, {buckets})", f"p{q * 100:g} {legend}".strip()) for q in QUANTILES
-    ]
-
-
-def _unit(metric: Metric) -> str:
-    if metric.kind != "counter":
-        return {"bytes": "bytes", "seconds": "s"}.get(metric.unit, "short")
-    # Seconds per second are the share of time that something took.
-    rates = {"bytes": "Bps", "seconds": "percentunit", "requests": "reqps", "tokens": "short"}
-    return rates.get(metric.unit, "cps")
-
-
-def _title(metric: Metric) -> str:
-    words = metric.name.removeprefix("loraplex_").removesuffix("_total").split("_")
-    shown = " ".join("KV" if word == "kv" else word for word in words)
-    ending = {"counter": "/s", "gauge": "", "histogram": ", p50 to p99"}[metric.kind]
-    return shown[0].upper() + shown[1:] + ending
+        width = COLUMNS // len(board.figures)  # they fill a row
+        made = made.with_panel(_figure_panel(figure, number, width))
+    for chart in (*board.charts, *metric_charts(board)):
+        number += 1
+        made = made.with_panel(_chart_panel(chart, number))
+    return JSONEncoder(sort_keys=True, indent=2).encode(made.build()) + "\n"
 
 
 def _variable(label: str, metric: str) -> dashboard.QueryVariable:
@@ -174,8 +90,7 @@ def _query(expr: str, legend: str, ref: str) -> prometheus.Dataquery:
     return query.legend_format(legend) if legend else query
 
 
-def _figure_panel(figure: Figure, number: int) -> stat.Panel:
-    width, height = STAT_SIZE
+def _figure_panel(figure: Figure, number: int, width: int) -> stat.Panel:
     return (
         stat.Panel()
         .id(number)
@@ -184,46 +99,45 @@ def _figure_panel(figure: Figure, number: int) -> stat.Panel:
         .datasource(SOURCE)
         .unit(figure.unit)
         .span(width)
-        .height(height)
+        .height(FIGURE_HEIGHT)
         .reduce_options(ReduceDataOptions().calcs(["lastNotNull"]))
         .with_target(_query(figure.expr, "", "A"))
     )
 
 
-def _series_panel(title: str, description: str, unit: str, number: int) -> timeseries.Panel:
+def _chart_panel(chart: Chart, number: int) -> timeseries.Panel:
     width, height = PANEL_SIZE
-    return (
+    panel = (
         timeseries.Panel()
         .id(number)
-        .title(title)
-        .description(description)
+        .title(chart.title)
+        .description(chart.description)
         .datasource(SOURCE)
-        .unit(unit)
+        .unit(chart.unit)
         .span(width)
         .height(height)
         .min(0)
-        .fill_opacity(10)
+        .fill_opacity(AREA_FILL if chart.stacked else LINE_FILL)
         .legend(VizLegendOptions().display_mode(LegendDisplayMode.LIST).show_legend(True))
         .tooltip(VizTooltipOptions().mode(TooltipDisplayMode.MULTI).sort(SortOrder.DESCENDING))
     )
-
-
-def _metric_panel(metric: Metric, number: int) -> timeseries.Panel:
-    panel = _series_panel(_title(metric), metric.help, _unit(metric), number)
-    for (expr, legend), ref in zip(queries(metric), "ABC", strict=False):
+    if chart.stacked:
+        panel = panel.stacking(StackingConfig().mode(StackingMode.NORMAL))
+    for (expr, legend), ref in zip(chart.queries, "ABC", strict=False):
         panel = panel.with_target(_query(expr, legend, ref))
     return panel
 
 
-def _process_panel(number: int) -> timeseries.Panel:
-    panel = _series_panel(
-        "Memory of processes", "Resident memory of each process that exports.", "bytes", number
-    )
-    expr = 'sum by (kind, replica) (process_resident_memory_bytes{kind!=""})'
-    return panel.with_target(_query(expr, "{{kind}} {{replica}}", "A"))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=OUT)
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    for board in BOARDS:
+        path = out / f"{board.name}.json"
+        path.write_text(build(board))
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    OUTPUT.parent.mkdir(exist_ok=True)
-    OUTPUT.write_text(build())
-    print(f"wrote {OUTPUT}")
+    main()

@@ -20,6 +20,7 @@ from loraplex.adapter_store import (
     PreconditionFailed,
     StoreDenied,
     StoreUnavailable,
+    store_requests,
 )
 
 
@@ -220,6 +221,32 @@ def test_a_part_that_breaks_off_is_gone_on_with_from_there() -> None:
 def test_store_urls_are_checked(url: str) -> None:
     with pytest.raises(ValueError, match="s3://bucket"):
         ObjectStore(url)
+
+
+def test_requests_are_counted_by_operation_and_result(store: ObjectStore) -> None:
+    before = store_requests()
+    store.put("counted", b"1")
+    for _ in range(2):
+        store.get("counted")
+    with pytest.raises(NotFound):
+        store.get("counted-not")
+    with pytest.raises(PreconditionFailed):
+        store.put("counted", b"2", if_none_match=True)
+    port = socket.socket()
+    port.bind(("127.0.0.1", 0))  # and never listens
+    away = f"http://127.0.0.1:{port.getsockname()[1]}"
+    lost = ObjectStore("s3://b", endpoint=away, access_key="k", secret_key="s", attempts=2)
+    with pytest.raises(StoreUnavailable):
+        lost.head("x")
+    port.close()
+    new = {k: n - before.get(k, 0) for k, n in store_requests().items() if n != before.get(k, 0)}
+    assert new == {
+        ("PutObject", "ok"): 1,
+        ("GetObject", "ok"): 2,
+        ("GetObject", "not_found"): 1,
+        ("PutObject", "conflict"): 1,
+        ("HeadObject", "unreachable"): 2,
+    }
 
 
 def test_a_kms_key_is_asked_for_with_each_object_that_is_written(tmp_path: Path) -> None:

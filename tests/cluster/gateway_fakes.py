@@ -173,9 +173,6 @@ class FakeControl:
             raise ConnectionError("the controller is away")
         self.purged += keys
 
-    async def metrics_targets(self) -> list[Any]:
-        return []
-
 
 class LocalLimiter:
     """The limiter actor without an actor."""

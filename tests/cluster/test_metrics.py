@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -17,10 +18,13 @@ from loraplex.cluster.metrics import (
     CONTROLLER,
     ENGINE,
     GATEWAY,
+    INGEST,
     METRICS,
+    STORE,
     ControllerMetrics,
     EngineMetrics,
     GatewayMetrics,
+    IngestMetrics,
     Target,
     fan_in,
     http_sd,
@@ -35,6 +39,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 DIGEST = "ab" * 32
+store_counts = importlib.import_module("loraplex.adapter_store.store_requests")
 
 
 def samples(text: str) -> dict[tuple[str, frozenset], float]:
@@ -79,10 +84,11 @@ def full_gateway(registry: CollectorRegistry) -> GatewayMetrics:
     metrics = GatewayMetrics(registry)
     metrics.request("/v1/completions", 200, 0.5)
     metrics.generation_started()
-    metrics.first_token("s3", 0.2)
+    metrics.first_token("acme", "s3", 0.2)
     metrics.next_tokens(3, 0.06)
     metrics.tokens("acme", "pirate", 10, 20)
-    metrics.rate_limited("tokens")
+    metrics.limit_hit("acme", "tokens")
+    metrics.generation_ended("acme", "t1", "pirate")
     metrics.auth_failure("unknown")
     metrics.upload("published")
     metrics.continuation()
@@ -112,20 +118,35 @@ def full_report(**changes) -> EngineReport:
         "load_failures": 1,
         "evictions": 1,
         "prefix_hit_tokens": 4,
+        "admissions": {"gpu": 3, "s3": 1},
+        "queue_seconds": {"adapter": 0.5, "batch": 0.25},
+        "step_tokens": 40,
+        "step_adapters": 4,
+        "step_adapter_bytes": 1200,
+        "pool_bytes_active": 300,
+        "tier_load_seconds": {"s3": 0.5},
+        "tier_load_bytes": {"s3": 300},
+        "store_requests": {"GetObject/ok": 3},
+        "tenant_leads": {"acme": 12.5},
+        "tenants_waiting": {"acme": 2},
     }
     return EngineReport(**(fields | changes))
 
 
-@pytest.mark.parametrize("kind", ["gateway", "engine", "controller"])
-def test_a_process_exports_exactly_the_metrics_declared_for_its_kind(kind):
+@pytest.mark.parametrize("kind", ["gateway", "engine", "controller", "ingest"])
+def test_a_process_exports_exactly_the_metrics_declared_for_its_kind(kind, monkeypatch):
     registry = CollectorRegistry()
-    declared = {"gateway": GATEWAY, "engine": ENGINE, "controller": CONTROLLER}[kind]
+    own = {"gateway": GATEWAY, "engine": ENGINE, "controller": CONTROLLER, "ingest": INGEST}[kind]
+    declared = (*own, *STORE)
+    monkeypatch.setattr(store_counts, "_counts", {("PutObject", "ok"): 1})
     if kind == "gateway":
         full_gateway(registry)
     elif kind == "engine":
         EngineMetrics(registry, "g0").update(full_report())
-    else:
+    elif kind == "controller":
         controller_tick(ControllerMetrics(registry))
+    else:
+        IngestMetrics(registry).ended("published", 0.5)
     families = {}
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
         name = family.name + "_total" if family.type == "counter" else family.name
@@ -142,14 +163,16 @@ def test_a_process_exports_exactly_the_metrics_declared_for_its_kind(kind):
 
 def test_declared_names_follow_the_conventions():
     for metric in METRICS.values():
-        assert re.fullmatch(r"loraplex_(gateway|engine|controller)_[a-z0-9_]+", metric.name)
+        assert re.fullmatch(
+            r"loraplex_(gateway|engine|controller|ingest|store)_[a-z0-9_]+", metric.name
+        )
         assert metric.name.endswith("_total") == (metric.kind == "counter")
         if metric.unit in ("seconds", "bytes"):
             assert re.search(rf"_{metric.unit}(_total)?$", metric.name)
         assert metric.help.endswith(".")
         assert bool(metric.buckets) == (metric.kind == "histogram")
         assert list(metric.buckets) == sorted(metric.buckets)
-    assert len(METRICS) == len(GATEWAY) + len(ENGINE) + len(CONTROLLER)
+    assert len(METRICS) == sum(map(len, (GATEWAY, ENGINE, CONTROLLER, INGEST, STORE)))
 
 
 def test_engine_counters_add_up_over_a_restart_of_the_engine():
@@ -244,6 +267,70 @@ def test_a_deleted_adapters_series_go_at_once():
     metrics.adapter_removed("acme", "pirate")
     assert value(registry, "loraplex_gateway_output_tokens_total", **labels) is None
     metrics.adapter_removed("acme", "never-there")
+
+
+def test_a_deleted_tenants_series_go_with_its_adapters_and_others_stay():
+    registry = CollectorRegistry()
+    metrics = full_gateway(registry)
+    metrics.tokens("acme", "base", 1, 1)
+    metrics.tokens("zeta", "base", 1, 1)
+    metrics.generation_ended("zeta", "t2", "base")
+    assert metrics.shown() == {("acme", "t1"): {"pirate", "base"}, ("zeta", "t2"): {"base"}}
+    metrics.tenant_removed("acme")
+    tenants = {dict(labels).get("tenant") for _, labels in exported(registry)}
+    assert tenants == {None, "zeta"}
+    assert metrics.shown() == {("zeta", "t2"): {"base"}}
+
+
+def test_what_is_told_by_one_label_is_there_before_it_happens():
+    registry = CollectorRegistry()
+    GatewayMetrics(registry)
+    EngineMetrics(registry, "g0")
+    for name, labels in (
+        ("loraplex_gateway_auth_failures_total", {"reason": "unknown"}),
+        ("loraplex_gateway_routing_decisions_total", {"reason": "cold"}),
+        ("loraplex_engine_loads_total", {"group": "g0", "tier": "host"}),
+        ("loraplex_engine_admitted_requests_total", {"group": "g0", "tier": "gpu"}),
+    ):
+        assert value(registry, name, **labels) == 0
+
+
+def test_what_came_from_the_nodes_memory_is_told_apart():
+    registry = CollectorRegistry()
+    key, other = f"acme/{DIGEST}", "acme/" + "cd" * 32
+    report = full_report(
+        host={key: 150, other: 150},
+        loads={"s3": 1, "host": 4},
+        tier_load_seconds={"s3": 0.5, "host": 0.125},
+        tier_load_bytes={"s3": 300, "host": 1200},
+        admissions={"gpu": 3, "host": 5},
+    )
+    EngineMetrics(registry, "g0").update(EngineReport.from_wire(report.to_wire()))
+    for name, held in (
+        ("loraplex_engine_resident_adapters", 2),
+        ("loraplex_engine_loads_total", 4),
+        ("loraplex_engine_load_seconds_total", 0.125),
+        ("loraplex_engine_load_bytes_total", 1200),
+        ("loraplex_engine_admitted_requests_total", 5),
+    ):
+        assert value(registry, name, group="g0", tier="host") == held
+
+
+def test_two_gateway_replicas_add_up_to_what_their_clients_saw():
+    texts = []
+    for replica, requests in (("r0", 3), ("r1", 5)):
+        registry = new_registry()
+        metrics = GatewayMetrics(registry)
+        for _ in range(requests):
+            metrics.request("/v1/completions", 200, 0.1)
+            metrics.tokens("acme", "pirate", 2, 7)
+        text = generate_latest(registry).decode()
+        texts.append(({"kind": "gateway", "replica": replica}, text))
+    merged = samples(merge(texts))
+    for name, each in (("requests", 1), ("input_tokens", 2), ("output_tokens", 7)):
+        full = f"loraplex_gateway_{name}_total"
+        per_replica = {dict(k)["replica"]: v for (n, k), v in merged.items() if n == full}
+        assert per_replica == {"r0": 3 * each, "r1": 5 * each}
 
 
 def test_adapters_with_the_same_short_digest_add_up():

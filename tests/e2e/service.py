@@ -134,7 +134,7 @@ class Service:
 
     def metric(self, name: str) -> dict[str, float]:
         """A metric's values by group."""
-        response = self.admin.get("/metrics")
+        response = httpx.get(f"http://127.0.0.1:{self.metrics_port()}/metrics", trust_env=False)
         assert response.status_code == 200, response.text
         return {
             sample.labels["group"]: sample.value
@@ -142,6 +142,10 @@ class Service:
             for sample in family.samples
             if sample.name == name
         }
+
+    def metrics_port(self) -> int:
+        """Of the controller's admin side."""
+        return self.admin.get("/admin/v1/placement").json()["metrics_port"]
 
     def close(self) -> None:
         self.admin.close()

@@ -242,3 +242,35 @@ def test_sampling_params_are_torch_free_and_round_trip():
     assert sampling == SamplingParams(max_tokens=3, stop_token_ids=(1,))
     assert not sampling.host_state
     assert request.sampling.host_state
+
+
+def test_the_last_output_of_a_traced_request_says_where_its_time_went(
+    demo, make_engine, run, greedy
+):
+    began = time.monotonic()
+    traced = replace(greedy("a", [10, 11], demo.refs["devil"]), traceparent="00-1-2-01")
+    results = run(make_engine(), [traced, greedy("b", [10, 11])])
+    *earlier, last = results["a"].outputs
+    assert all(out.spans is None for out in (*earlier, *results["b"].outputs))
+    assert last.spans is not None
+    assert list(last.spans) == ["queue", "load", "prefill", "decode"]
+    assert all(seconds >= 0 for seconds in last.spans.values())
+    assert 0 < sum(last.spans.values()) <= time.monotonic() - began
+
+
+def test_the_report_tells_what_came_from_where_and_what_steps_did(demo, make_engine, run, greedy):
+    engine = make_engine()
+    refs = [demo.refs["devil"], demo.refs["whaler"], None]
+    for start in (0, 3):
+        run(engine, [greedy(f"r{start + i}", [10, 11, 12], r) for i, r in enumerate(refs)])
+    report = engine.report()
+    assert report.admissions == {"disk": 2, "gpu": 2, "base": 2}
+    assert report.loads == {"disk": 2}
+    assert report.tier_load_bytes == {"disk": sum(report.gpu.values())}
+    assert report.tier_load_seconds["disk"] >= report.load_seconds > 0
+    assert sum(report.queue_seconds.values()) > 0
+    tokens = sum(report.prompt_tokens.values()) + sum(report.output_tokens.values())
+    assert tokens >= report.step_tokens > sum(report.prompt_tokens.values())
+    assert 2 <= report.step_adapters <= 2 * report.steps
+    assert report.step_adapter_bytes > 0
+    assert report.pool_bytes_active == 0

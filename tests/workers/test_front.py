@@ -90,8 +90,8 @@ class Client:
 
 
 @contextlib.asynccontextmanager
-async def group(step_s=0.0, ranks=1, fail="", wait=True, **config):
-    front = GroupFront(FrontConfig("g", SECRET, ranks=ranks, **config))
+async def group(step_s=0.0, ranks=1, fail="", wait=True, on_trace=None, **config):
+    front = GroupFront(FrontConfig("g", SECRET, ranks=ranks, **config), on_trace)
     await front.start()
     processes = [
         fake.start_rank(front.rank_link, rank, step_s, fail if rank == ranks - 1 else "")
@@ -503,3 +503,20 @@ async def test_an_idle_group_takes_no_cpu():
         before = cpu_s()
         await asyncio.sleep(2)
         assert cpu_s() - before < 0.2
+
+
+async def test_traces_are_told_of_requests_that_carry_a_traceparent():
+    told = []
+    async with group(on_trace=told.append) as (front, _):
+        client = await Client.connect(front.port)
+        parent = f"00-{'a' * 32}-{'b' * 16}-01"
+        for name, traceparent in (("traced", parent), ("plain", None)):
+            params = SamplingParams(max_tokens=3)
+            request = GenerationRequest(name, (1, 2), params, "t", traceparent=traceparent)
+            client.tokens[name] = []
+            client.send({"t": "submit", "req": request.to_wire(), "credit": 100})
+        await client.finish("traced", "plain")
+    (trace,) = told
+    assert trace.traceparent == parent
+    assert trace.attributes["loraplex.request"] == "traced"
+    assert trace.error_code is None

@@ -146,12 +146,17 @@ def test_ranks_open_what_lies_in_the_nodes_memory(store: ObjectStore, tmp_path: 
     rank_0.residency = Residency(cast(Any, OnePackPool()), PackFetcher(tier, 1), None)
     pack = Pack.open(rank_0.acquire(rank_0.a))
     assert (pack.digest, pack.arena is not None) == (rank_0.a.digest, True)
-    assert rank_0.residency.loads == {"s3": 1}
     rank_0.residency.settle()
+    assert rank_0.residency.loads == {"s3": 1}
     slot, _ = rank_0.residency.acquire(rank_0.a)
     rank_0.residency.release(slot)
     rank_0.residency.purge(rank_0.a.key)
     rank_0.residency.take_changes()
     rank_0.acquire(rank_0.a)
+    rank_0.residency.settle()
     assert rank_0.residency.loads == {"s3": 1, "host": 1}
+    nbytes = rank_0.residency.resident()[rank_0.a.key]
+    assert rank_0.residency.tier_bytes == {"s3": nbytes, "host": nbytes}
+    # The fake's copy takes 0.1 s; what is beyond that is the fetch.
+    assert min(rank_0.residency.tier_seconds.values()) > 0.1
     tier.close()

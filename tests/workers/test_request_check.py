@@ -23,7 +23,7 @@ HOSTILE: list[Any] = [
 
 def request(name: str = "r") -> GenerationRequest:
     sampling = SamplingParams(max_tokens=3, top_p=0.9, min_p=0.1, repetition_penalty=1.1)
-    return GenerationRequest(name, (10, 11), sampling, TENANT)
+    return GenerationRequest(name, (10, 11), sampling, TENANT, traceparent="00-1-2-01")
 
 
 def mutated(name: str) -> list[dict[str, Any]]:
@@ -73,6 +73,8 @@ def test_all_that_can_be_asked_for_passes():
         ("output", 5, "output must be a list of token ids, got 5"),
         ("adapter", "../" * 3, "adapter must be null or a sha256"),
         ("tenant", "../x", "tenant must be 1 to 128 letters"),
+        ("traceparent", 5, "traceparent must be a text of at most 128"),
+        ("traceparent", "t" * 129, "traceparent must be a text of at most 128"),
         ("sampling", [], "sampling must be a map, got list"),
         ("sampling.temperature", float("nan"), "temperature must be a number, 0 or more, got nan"),
         ("sampling.temperature", "hot", "sampling.temperature must be"),
@@ -88,7 +90,7 @@ def test_what_is_wrong_is_named(place, value, words):
     (msg[outer] if inner else msg)[inner or outer] = value
     with pytest.raises(ValueError, match=words):
         check_request(msg)
-    del msg["prompt"]
+    del msg["traceparent"], msg["prompt"]
     with pytest.raises(ValueError, match="'prompt' is missing"):
         check_request(msg)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..request import ErrorCode, GenerationRequest
 from ..wire import DEAD_AFTER_S, PING_EVERY_S, Frame, encode, error_output
 from .front_links import GatewayLink, RankLink
 from .streams import Client, Output, StreamTable
+from .traces import RequestTrace, TracedRequests
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +61,13 @@ class FrontConfig:
 class GroupFront:
     """Serves one group. All methods belong to the event loop that called `start`."""
 
-    def __init__(self, config: FrontConfig):
+    def __init__(self, config: FrontConfig, on_trace: Callable[[RequestTrace], None] | None = None):
+        """
+        Args:
+            on_trace: told what became of each request that somebody traces.
+        """
         self.config = config
+        self._traces = TracedRequests(config.group, on_trace)
         self.report = EngineReport()  # the engine's newest
         self.draining = False
         self.failure: str | None = None  # why the group can't serve any more
@@ -226,6 +232,7 @@ class GroupFront:
             link.send_batch([error_output(request_id, code, text)], self.load())
             return
         stream = self._streams.add(link.client, request_id, credit)
+        self._traces.begin(stream.engine_id, request)
         leader.send({"t": "submit", "req": {**request, "id": stream.engine_id}})
 
     def abort(self, link: GatewayLink, request_id: str) -> None:
@@ -264,6 +271,7 @@ class GroupFront:
 
     def take_batch(self, outputs: list[Output]) -> None:
         """One engine step's outputs."""
+        self._traces.see(outputs)
         self._send_outputs(self._streams.route(outputs))
         errors, aborts = self._streams.trim()
         self._send_outputs(errors)
@@ -294,6 +302,7 @@ class GroupFront:
         return None
 
     def _fail_streams(self, code: ErrorCode, text: str) -> None:
+        self._traces.drop_all(code)
         self._send_outputs(self._streams.fail_all(code, text))
 
     def _send_outputs(self, outputs: Mapping[Client, list[Output]]) -> None:
@@ -304,6 +313,7 @@ class GroupFront:
                     self.abort(link, request_id)
 
     def _abort_in_engine(self, engine_ids: list[str]) -> None:
+        self._traces.drop(engine_ids, "aborted")
         leader = self._ranks.get(0)
         if engine_ids and leader is not None:
             leader.send({"t": "abort", "ids": engine_ids})

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ...adapter_store import PackPin
 from ..request import AdapterRef
@@ -43,13 +44,21 @@ class PackSource(Protocol):
         ...
 
 
+class Fetched(NamedTuple):
+    """A pack that is on this node now, the tier that it came from, and how long that took."""
+
+    path: Path
+    tier: str
+    seconds: float
+
+
 class PackFetcher:
     """One fetch per adapter at a time; `poll` never blocks."""
 
     def __init__(self, source: PackSource, threads: int):
         self._source = source
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pack-fetch")
-        self._futures: dict[str, Future[tuple[Path, str]]] = {}
+        self._futures: dict[str, Future[Fetched]] = {}
         self._given_up: dict[str, threading.Event] = {}  # of the fetches under way
 
     def start(self, ref: AdapterRef) -> None:
@@ -60,12 +69,15 @@ class PackFetcher:
         future = self._futures.get(ref.key)
         if future is None or (future.done() and future.exception() is not None):
             gone = self._given_up[ref.key] = threading.Event()
-            self._futures[ref.key] = self._pool.submit(
-                self._source.ensure, ref.tenant_id, ref.digest, lambda: not gone.is_set()
-            )
+            self._futures[ref.key] = self._pool.submit(self._fetch, ref, lambda: not gone.is_set())
 
-    def poll(self, ref: AdapterRef) -> tuple[Path, str] | None:
-        """(path, tier) when the pack is there, None while it comes.
+    def _fetch(self, ref: AdapterRef, wanted: Callable[[], bool]) -> Fetched:
+        started = time.perf_counter()
+        path, tier = self._source.ensure(ref.tenant_id, ref.digest, wanted)
+        return Fetched(path, tier, time.perf_counter() - started)
+
+    def poll(self, ref: AdapterRef) -> Fetched | None:
+        """What came when the pack is there, None while it comes.
 
         Raises:
             Whatever `ensure` raised. Either way the fetch is forgotten.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...adapter_store import Pack
+from .packs import Fetched
 from .pool_account import Layouts
 
 
@@ -17,6 +18,7 @@ class OpenedPack:
 
     path: Path
     tier: str  # that it came from
+    fetch_s: float
     pack: Pack
     layouts: Layouts
 
@@ -24,18 +26,17 @@ class OpenedPack:
 class PackOpener:
     """One opening per key at a time."""
 
-    def __init__(self, examine: Callable[[str, Path, str], OpenedPack], threads: int = 2):
+    def __init__(self, examine: Callable[[str, Fetched], OpenedPack], threads: int = 2):
         """
         Args:
-            examine: opens the pack of a key at a path, come from a tier. Raises what is wrong
-                with it.
+            examine: opens a key's pack. Raises what is wrong with it.
         """
         self._examine = examine
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="pack-open")
         self._futures: dict[str, Future[OpenedPack]] = {}
 
-    def start(self, key: str, path: Path, tier: str) -> None:
-        self._futures[key] = self._threads.submit(self._examine, key, path, tier)
+    def start(self, key: str, fetched: Fetched) -> None:
+        self._futures[key] = self._threads.submit(self._examine, key, fetched)
 
     def has(self, key: str) -> bool:
         return key in self._futures

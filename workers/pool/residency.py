@@ -10,10 +10,10 @@ polled between steps.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ...adapter_store import Pack, PackPin
 from ..errors import PoolFull, WorkerError
@@ -22,10 +22,12 @@ from ..step import SlotChange
 from .adapter_pool import AdapterPool
 from .early_start import Speeds
 from .loader import Load
-from .packs import HANDOVER_S, PackFetcher, close_later
+from .packs import HANDOVER_S, Fetched, PackFetcher, close_later
 from .packs_opened import OpenedPack, PackOpener
 
 _RETRY_S = 30.0  # until a prefetch that failed is tried again, though nobody asked
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -33,12 +35,14 @@ class _Resident:
     ref: AdapterRef
     slot: int
     nbytes: int
+    tier: str  # that it came from
+    fetch_s: float  # that it took from there to this node
     users: int = 0
     last_used: int = 0
     doomed: bool = False  # purged while in use or loading: freed when neither is
     load: Load | None = None  # while it hasn't ended
     shown: bool = True
-    tier: str | None = None  # that it came from, until the first of who waited is told
+    told: bool = False  # the first of who waited for it knows where it came from
     fresh: bool = False  # a request waited for it and hasn't taken hold yet
 
 
@@ -79,6 +83,8 @@ class Residency:
         self.loads: dict[str, int] = {}
         self.load_seconds = 0.0
         self.load_bytes = 0
+        self.tier_seconds: dict[str, float] = {}  # of fetch and copy, by source
+        self.tier_bytes: dict[str, int] = {}
         self.load_failures = 0
         self.evictions = 0
 
@@ -116,7 +122,7 @@ class Residency:
             if not self._may_start(resident, tokens):
                 raise Waiting(for_room=False)
             self._show(resident)
-        tier, resident.tier = resident.tier or "gpu", None
+        tier, resident.told = "gpu" if resident.told else resident.tier, True
         resident.users += 1
         resident.last_used = self._clock
         resident.fresh = False
@@ -171,8 +177,7 @@ class Residency:
                 continue
             if load.pinned:
                 self.speeds.loaded(load.nbytes, load.seconds)
-            self.load_seconds += load.seconds
-            self.load_bytes += resident.nbytes
+            self._count_load(resident, load.seconds)
             if not resident.shown and not resident.doomed:
                 self._show(resident)
             self._drop_doomed(resident)
@@ -249,6 +254,15 @@ class Residency:
     def loads_run(self) -> bool:
         return any(r.load is not None for r in self._by_slot.values())
 
+    def bytes_of(self, slot: int) -> int:
+        """That the adapter in `slot` takes."""
+        return self._by_slot[slot].nbytes
+
+    @property
+    def active_bytes(self) -> int:
+        """Of adapters that sequences use now."""
+        return sum(r.nbytes for r in self._residents.values() if r.users)
+
     @property
     def loading(self) -> list[str]:
         coming = [k for k, r in self._residents.items() if not r.shown]
@@ -305,25 +319,38 @@ class Residency:
             ref,
             slot,
             opened.layouts.nbytes,
+            opened.tier,
+            opened.fetch_s,
             last_used=self._clock,
             load=load,
             shown=False,
-            tier=opened.tier if fresh else None,
+            told=not fresh,
             fresh=fresh,
         )
         self._residents[ref.key] = self._by_slot[slot] = resident
-        self.loads[opened.tier] = self.loads.get(opened.tier, 0) + 1
+
+    def _count_load(self, resident: _Resident, load_s: float) -> None:
+        tier, nbytes, whole = resident.tier, resident.nbytes, resident.fetch_s + load_s
+        tenant, digest = resident.ref.tenant_id, resident.ref.digest
+        extra = {"tenant": tenant, "digest": digest, "seconds": round(whole, 4)}
+        log.info("adapter loaded from %s, %d bytes", tier, nbytes, extra=extra)
+        self.loads[tier] = self.loads.get(tier, 0) + 1
+        self.load_seconds += load_s
+        self.load_bytes += nbytes
+        self.tier_seconds[tier] = self.tier_seconds.get(tier, 0.0) + whole
+        self.tier_bytes[tier] = self.tier_bytes.get(tier, 0) + nbytes
 
     def _open(self, ref: AdapterRef) -> OpenedPack | None:
         if not self._opener.has(ref.key):
             fetched = self._fetcher.poll(ref)
             if fetched is None:
                 return None
-            self._opener.start(ref.key, *fetched)
+            self._opener.start(ref.key, fetched)
         return self._opener.poll(ref.key)
 
-    def _examine(self, key: str, path: Path, tier: str) -> OpenedPack:
+    def _examine(self, key: str, fetched: Fetched) -> OpenedPack:
         """Called in the opener's threads."""
+        path, tier, fetch_s = fetched
         pack = Pack.open(path, verify=False)  # its fetch verified it
         digest = key.rpartition("/")[2]
         if pack.digest != digest:
@@ -334,7 +361,7 @@ class Residency:
                 f"({pack.base_fingerprint[:12]}, this one is {self._fingerprint[:12]}); "
                 "upload it again"
             )
-        return OpenedPack(path, tier, pack, self._pool.layouts(pack))
+        return OpenedPack(path, tier, fetch_s, pack, self._pool.layouts(pack))
 
     def _make_room(self, opened: OpenedPack, evict: list[_Resident]) -> int:
         """A free slot, beside room for the pack; evicts as few as it takes, none in vain.
