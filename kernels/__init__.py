@@ -7,6 +7,7 @@ from .attention import paged_attention, write_kv
 from .backends import backend_for
 from .block_fp8 import FP8, FP8_BLOCK, dequantise_fp8, fp8_blocks
 from .dense_lora import lora_linear, lora_linear_
+from .draw import draw
 from .least_kept import least_kept
 from .lora_batch import TUNED_ADAPTERS, LoraBatch
 from .lora_tables import (
@@ -62,6 +63,7 @@ __all__ = [
     "align_reference",
     "backend_for",
     "dequantise_fp8",
+    "draw",
     "fp8_blocks",
     "fused_moe",
     "gather_dense_factors",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 BlockHash = bytes
 
@@ -46,8 +46,9 @@ class KVBlocks:
     def used(self) -> int:
         return self.total - len(self._free)
 
-    def match(self, hashes: Sequence[BlockHash]) -> list[int]:
-        """Takes hold of the cached blocks of the longest known prefix of `hashes`."""
+    def match(self, hashes: Iterable[BlockHash]) -> list[int]:
+        """Takes hold of the cached blocks of the longest known prefix of `hashes`, which are read
+        no further than that."""
         found: list[int] = []
         for h in hashes:
             block = self._cached.get(h)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 from .errors import DeadlinePassed
 from .fair_queue import FairQueue
@@ -119,6 +120,9 @@ class Scheduler:
         """Books a step that is on its way: it holds what its sequences hold."""
         w.seq.computed += w.count
         w.seq.flights += 1
+        if w.count > 1:
+            # While the device works: a long prompt's names take longer than its launch may.
+            w.seq.extend_hashes(self._kv.block_size)
 
     def landed(self, w: Scheduled) -> None:
         """Books a step's result: the tokens are in the cache, full blocks may be found again."""
@@ -267,10 +271,9 @@ class Scheduler:
     def _match_prefix(self, seq: Sequence) -> None:
         if seq.prompt_logprobs is not None:
             return  # every prompt position's logits are asked for
-        seq.extend_hashes(self._kv.block_size)
         # At least one token must go through the model: its logits choose the next.
         limit = (len(seq.tokens) - 1) // self._kv.block_size
-        seq.blocks = self._kv.match(seq.hashes[:limit])
+        seq.blocks = self._kv.match(islice(seq.block_hashes(self._kv.block_size), limit))
         seq.computed = len(seq.blocks) * self._kv.block_size
 
     def _take_blocks(self, seq: Sequence, count: int, spare: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .host_state import HostState
@@ -74,12 +75,22 @@ class Sequence:
         """Whether its last token is on the device already: there is nothing more to compute."""
         return self.unread > 0 and self.length >= self.limit
 
+    def block_hashes(self, block_size: int) -> Iterator[BlockHash]:
+        """Names of the full blocks of the tokens known so far, each made when it is come to."""
+        n = 0
+        while (n + 1) * block_size <= len(self.tokens):
+            if n == len(self.hashes):
+                self._name_next(block_size)
+            yield self.hashes[n]
+            n += 1
+
     def extend_hashes(self, block_size: int) -> None:
         """Names every full block of the tokens known so far."""
         while (len(self.hashes) + 1) * block_size <= len(self.tokens):
-            n = len(self.hashes)
-            previous = (
-                self.hashes[-1] if n else first_hash(self.request.tenant_id, self.adapter_key)
-            )
-            block = self.tokens[n * block_size : (n + 1) * block_size]
-            self.hashes.append(next_hash(previous, block))
+            self._name_next(block_size)
+
+    def _name_next(self, block_size: int) -> None:
+        n = len(self.hashes)
+        previous = self.hashes[-1] if n else first_hash(self.request.tenant_id, self.adapter_key)
+        block = self.tokens[n * block_size : (n + 1) * block_size]
+        self.hashes.append(next_hash(previous, block))

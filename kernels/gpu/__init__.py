@@ -2,6 +2,7 @@
 
 from .add_rms_norm import add_rms_norm_
 from .align import align
+from .draw import draw
 from .fused import FusedBackend
 from .hooked import HookedBackend
 from .least_kept import least_kept
@@ -24,6 +25,7 @@ __all__ = [
     "ShrinkTile",
     "add_rms_norm_",
     "align",
+    "draw",
     "least_kept",
     "lora_linear",
     "lora_linear_",

@@ -141,14 +141,15 @@ def expand_(
     out: torch.Tensor, shrunk: Shrunk, batch: AlignedBatch, sizes: tuple[int, ...], by_token: bool
 ) -> None:
     """out += s B^T in a pass of its own; parts of `sizes` columns lie side by side in out."""
-    block_n = 64 if batch.block_size >= 64 else 128
-    grid = (batch.max_blocks, cdiv(max(sizes), block_n), len(sizes))
-    expand_add_kernel[grid](
+    block_n, tiles = (64, 8) if batch.block_size >= 64 else (128, 1)
+    sizes = (*sizes, *(0,) * (MAX_PROJECTIONS - len(sizes)))
+    chunks = sum(cdiv(size, block_n * tiles) for size in sizes)
+    expand_add_kernel[batch.max_blocks, chunks](
         out, batch.sorted_pairs, batch.block_end, batch.num_blocks,
         shrunk.pool, shrunk.s, *shrunk.lists, shrunk.s.stride(1), shrunk.s.stride(0),
-        shrunk.part_stride, *sizes, *(0,) * (MAX_PROJECTIONS - len(sizes)), out.stride(0),
+        shrunk.part_stride, *sizes, shrunk.row_groups.shape[0], out.stride(0),
         BY_TOKEN=by_token, ALIGNED=shrunk.aligned, SPLITS=shrunk.splits, EK=32,
-        BM=batch.block_size, BN=block_n, DTYPE=TRITON_TYPES[out.dtype], PDL=USE_PDL,
+        BM=batch.block_size, BN=block_n, TILES=tiles, DTYPE=TRITON_TYPES[out.dtype], PDL=USE_PDL,
         num_warps=4, launch_pdl=USE_PDL,
     )  # fmt: skip
 

@@ -80,3 +80,19 @@ def test_cached_blocks_go_in_the_order_they_were_given_up():
     assert kv.match(one) == []
     assert kv.match(two) != []
     assert len(taken) == 1
+
+
+def test_a_prefix_is_read_no_further_than_it_is_known():
+    kv = KVBlocks(8, 4)
+    known = first_hash("salt", None)
+    (block,) = kv.allocate(1)
+    kv.publish(block, known, "owner")
+    read = []
+
+    def hashes():
+        for h in (known, b"another", b"a third"):
+            read.append(h)
+            yield h
+
+    assert kv.match(hashes()) == [block]
+    assert read == [known, b"another"]

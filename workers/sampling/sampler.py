@@ -1,9 +1,8 @@
 """Chooses the next token of each sequence, on the device of the logits, without waiting for it.
 
 Randomness is a function of (seed, position) alone: one uniform number per draw, inverted through
-the cumulative distribution in the order of ids, so a draw never depends on what else is in the
-batch. Probabilities are whole multiples of 2^-46 from there on: their sums are exact in any order,
-so they are the same in any batch and on any device.
+the cumulative distribution in the order of ids, of shares whose sums are exact in any order
+(`kernels.draw`): a draw never depends on what else is in the batch.
 
 The order of what changes logits is vLLM's: grammar, logit bias, penalties, min_tokens; then
 temperature, min_p, top_k, and top_p of what those leave. A filter keeps every token as likely as
@@ -15,9 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
-from ...kernels import least_kept
+from ...kernels import draw, least_kept
 from ..host_copies import HostCopy
 from ..request import TokenLogprob
 from .logprobs import LogprobTensors, logprob_tensors, to_logprobs
@@ -25,11 +23,6 @@ from .sampling_batch import Draw, SamplingBatch
 
 __all__ = ["Draw", "PendingSample", "Sample", "Sampled", "SamplingBatch", "sample"]
 
-# A share of 1 as an integer. The sum of a vocabulary's shares stays far below 2^53, so float64
-# holds it exactly.
-_ONE = float(1 << 46)
-# Columns whose shares are summed before one of the sums is looked into.
-_CHUNK = 1024
 _NEVER = float("-inf")
 
 
@@ -98,9 +91,12 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
     if batch.logprob_rows is not None:
         shown = logits.index_select(0, batch.logprob_rows)
     _edit(logits, batch)
-    tokens = logits.argmax(dim=-1)
-    if batch.random_rows is not None:
-        tokens.index_copy_(0, batch.random_rows, _draw(logits, batch))
+    if batch.random_rows is not None and len(batch.random_rows) == batch.size:
+        tokens = _draw(logits, batch)
+    else:
+        tokens = logits.argmax(dim=-1)
+        if batch.random_rows is not None:
+            tokens.index_copy_(0, batch.random_rows, _draw(logits, batch))
     logprobs = None
     if shown is not None and batch.logprob_rows is not None:
         ids = tokens.index_select(0, batch.logprob_rows)
@@ -130,6 +126,8 @@ def _draw(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     assert batch.random_rows is not None
     assert batch.temperature is not None
     assert batch.uniform is not None
+    if batch.min_p_rows is None and batch.filter is None:
+        return draw(logits, batch.uniform, batch.random_rows, batch.temperature)
     logits = logits.index_select(0, batch.random_rows).div_(batch.temperature[:, None])
     if batch.min_p_rows is not None and batch.log_min_p is not None:
         rows = logits.index_select(0, batch.min_p_rows)
@@ -139,31 +137,4 @@ def _draw(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         rows = logits.index_select(0, cut.rows)
         least = least_kept(rows, cut.top_k, cut.top_p)
         logits.index_copy_(0, cut.rows, rows.masked_fill(rows < least[:, None], _NEVER))
-    return _invert(logits, batch.uniform)
-
-
-def _invert(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Inverse-CDF draw from each row's softmax, in the order of ids.
-
-    Args:
-        logits: float32 [R, V].
-        u: float64 [R] in [0, 1).
-
-    Returns:
-        int64 [R], each the first id whose cumulative share exceeds u: never one of share 0.
-    """
-    vocab = logits.shape[1]
-    chunks = -(-vocab // _CHUNK)
-    shares = torch.softmax(logits, dim=-1).mul_(_ONE).to(torch.int64)
-    shares = functional.pad(shares, (0, chunks * _CHUNK - vocab)).view(-1, chunks, _CHUNK)
-    sums = shares.sum(dim=-1)
-    ends = sums.cumsum(dim=-1)
-    total = ends[:, -1]
-    # A u just below 1 may round up to the total, beyond every token.
-    target = torch.minimum((u * total).to(torch.int64), total - 1)[:, None]
-    chunk = torch.searchsorted(ends, target, right=True).clamp_(max=chunks - 1)
-    target = target - (ends - sums).gather(1, chunk)
-    inner = shares.gather(1, chunk[:, :, None].expand(-1, -1, _CHUNK))[:, 0].cumsum(dim=-1)
-    place = torch.searchsorted(inner, target, right=True).clamp_(max=_CHUNK - 1)
-    # Rows that aren't finite hold anything; their token must still be one.
-    return (chunk * _CHUNK + place).clamp_(max=vocab - 1)[:, 0]
+    return draw(logits, batch.uniform)

@@ -215,6 +215,9 @@ def main() -> None:
         torch.ones(2, dtype=torch.int64),
         torch.ones(2, dtype=torch.float64),
     )
+    uniform, rows = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    gpu.draw(torch.zeros(4, 151936), uniform, rows, torch.ones(2))
+    gpu.draw(torch.zeros(2, 151936), uniform, None, None)
     print(f"{len(compiled)} kernels compiled")
 
 

@@ -82,6 +82,16 @@ def test_blocks_grow_with_the_batch(tokens):
     assert_close(out, lora_linear_reference(x, tables, token_slot))
 
 
+def test_wide_outputs_of_large_batches_take_several_programs_of_several_tiles():
+    tables = random_dense_tables(13, 3, 12, (1100, 70, 3, 600), ranks=(2, 40), alignment=8)
+    generator = torch.Generator().manual_seed(13)
+    x = torch.randn(2100, 12, generator=generator)
+    token_slot = torch.randint(-1, 3, (2100,), generator=generator).int()
+    base = torch.randn(2100, 1773, generator=generator)
+    out = add(base.clone(), x, tables, token_slot)
+    assert_close(out, base + lora_linear_reference(x, tables, token_slot))
+
+
 def test_long_inputs_are_split_in_small_batches():
     tables = random_dense_tables(3, 2, 1100, (8, 4), ranks=(5, 20), absent=0.0)
     tables.pool *= 0.2
