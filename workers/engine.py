@@ -25,6 +25,7 @@ from .model_runner import ModelRunner
 from .pace import Pace
 from .planning import Plan, plan_step
 from .pool.host_keeper import HostKeeper
+from .pool.node_packs import PackLister
 from .pool.packs import PackFetcher, PackSource
 from .pool.residency import Residency
 from .report import REPORTED_TENANTS, EngineReport
@@ -68,7 +69,7 @@ class Engine:
         self.config = config = self._runner.config  # with the sizes that were derived
         self._packs = packs
         self._fetcher = PackFetcher(packs, config.load_threads)
-        self._keeper = HostKeeper(packs)
+        self._keeper, self._lister = HostKeeper(packs), PackLister(packs)
         self._kv = KVBlocks(self._runner.kv_blocks, config.block_size)
         self._residency = Residency(
             self._runner.pool,
@@ -251,8 +252,11 @@ class Engine:
         r.tenants_waiting = {t: waiting.get(t, 0) for t in r.tenant_leads}
         r.pool_bytes_total = self._runner.pool.total_bytes
         r.pool_bytes_used = self._runner.pool.used_bytes
-        r.gpu, r.disk, r.loading = res.resident(), self._packs.resident(), res.loading
-        r.host, r.host_bytes_total = self._packs.host_resident(), self._packs.host_bytes
+        loading = res.loading
+        node = self._lister.latest(loading)
+        r.gpu, r.disk, r.host = res.resident(), node.disk, node.host
+        r.loading = [*dict.fromkeys([*loading, *node.loading])]
+        r.host_bytes_total = self._packs.host_bytes
         r.loads, r.load_seconds, r.load_bytes = dict(res.loads), res.load_seconds, res.load_bytes
         r.load_failures, r.evictions = res.load_failures, res.evictions
         r.compiles_after_ready = len(self._runner.compiles.kernels)
@@ -265,6 +269,7 @@ class Engine:
             self._comm.broadcast_message(Step(stop=True).to_wire())
         self._fetcher.close()
         self._keeper.close()
+        self._lister.close()
         self._residency.close()
         self._grammars.close()
         self._comm.close()
