@@ -215,6 +215,7 @@ class Scheduler:
         slot, tier = self._acquire(seq, tokens)
         self.waiting.ready(seq)
         seq.slot = slot
+        seq.tier = seq.tier or tier
         if slot >= 0:
             nbytes, seq.rank = self._residency.size(slot)
             if tier != "gpu":
@@ -222,8 +223,6 @@ class Scheduler:
             if self._step_is_full(slot, nbytes):
                 self._free(seq)
                 raise Waiting(for_room=True)
-        if seq.tier is None:
-            seq.tier = tier
         self._match_prefix(seq)
         # All blocks at once: a prompt that had to stop half-way for lack of them, and to take
         # them from others that then take them back, would be computed again and again.
