@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from loraplex.adapter_store import EmbeddedS3, ObjectStore
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +25,9 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Without a GPU, Triton's kernels run in its interpreter: asked for before they are defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# No test depends on how fast the machine is.
+settings.register_profile("loraplex", deadline=None)
+settings.load_profile("loraplex")
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
 
