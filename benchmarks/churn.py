@@ -33,6 +33,10 @@ sys.path.append(str(Path(__file__).parents[1]))
 from tests.workers.churn import check_bytes, churning, run
 
 
+def by_tenth(samples: list[int]) -> list[int]:
+    return [samples[len(samples) * tenth // 10 - 1] for tenth in range(1, 11)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--machine", default="cpu-2core", help="name of the results folder")
@@ -69,6 +73,7 @@ def main() -> None:
         "pairs_answering_alike": alike,  # share; a mix-up of those wouldn't show
         "preparation_seconds": prepared,
         **asdict(found),
+        "anonymous_bytes": by_tenth(found.anonymous_bytes),
     }
     print(json.dumps(result, indent=1))
     path = Path(__file__).parent / "results" / args.machine / "churn.json"

@@ -26,6 +26,7 @@ SLOTS = 20  # of the pool
 HOST_SHARE, DISK_SHARE = 0.3, 0.6  # of all packs' bytes
 OPEN = 24  # requests at a time
 MOST_TOKENS = 3  # of an answer
+SAMPLED = 100
 # Of a first token's log-probability: batches of other sizes round differently.
 TOLERANCE = 1e-3
 # All adapters have the same prompts, so that one's cached prefix would be found for another. One is
@@ -64,8 +65,8 @@ class Outcome:
     evictions: int = 0
     most_resident: int = 0  # in the pool
     seconds: float = 0.0
-    # Of this process alone, without what files back: neither the arena nor mapped packs. One after
-    # each tenth of the requests.
+    # Of this process alone, without what files back: neither the arena nor mapped packs. Every
+    # SAMPLED requests.
     anonymous_bytes: list[int] = field(default_factory=list)
 
 
@@ -177,7 +178,7 @@ def run(node: Node, requests: int, rng: random.Random, most_seconds: float = mat
             if rng.random() < 0.01:
                 engine.purge(rng.choice([*refs[:50], *(ref for ref, _, _ in open_.values())]).key)
                 found.purged += 1
-            if sent % (requests // 10) == 0:
+            if sent % SAMPLED == 0:
                 found.anonymous_bytes.append(anonymous_bytes())
                 found.most_resident = max(found.most_resident, len(engine.report().gpu))
         for out in engine.step():
