@@ -89,8 +89,7 @@ class Check:
 
 
 def compare(before: Scrape, after: Scrape, ledger: Ledger) -> list[Check]:
-    """Every count that both sides have. `before` was taken when the client had done nothing yet
-    and the tenants in the ledger had no series, or all of theirs were there already."""
+    """Every count that both sides have. `before` was taken when the client had done nothing."""
 
     def since(name: str, *labels: str) -> Counts:
         start = before.sums(name, *labels)

@@ -81,12 +81,12 @@ async def soak(
     keys = {"keeper": admin.tenant("keeper")}
     keys["metered"] = admin.tenant("metered", requests_per_minute=METERED_PER_MINUTE)
     askers = [Asker(t["name"], t["key"], a, a) for t in facts["tenants"] for a in t["adapters"]]
-    styles = await _styles(facts["url"], askers)
+    before = admin.scrape()
+    client = Client(facts["url"], args.streams + METERED_STREAMS + 4)
+    styles = {a.model: await client.text(a, PROMPT, PROMPT_TOKENS) or "" for a in askers}
     askers += [Asker(t["name"], t["key"], demo.base_name, "base") for t in facts["tenants"]]
     askers.append(Asker("keeper", keys["keeper"], MOVING, MOVING))
     metered = [Asker("metered", keys["metered"], demo.base_name, "base", METERED_PER_MINUTE)]
-    before = admin.scrape()
-    client = Client(facts["url"], args.streams + METERED_STREAMS + 4)
     keeper = Keeper(client, "keeper", keys["keeper"], demo.adapters, styles)
     memory = Memory(root)
     await keeper.publish_moving()
@@ -118,7 +118,10 @@ async def soak(
     await client.close()
     ledger = client.ledger
     firsts = [s for of in ledger.first_s.values() for s in of]
-    name = "loraplex_gateway_time_to_first_token_seconds_sum"
+
+    def mean(name: str, count: int) -> float:
+        return round((after.total(name) - before.total(name)) / count, 3)
+
     return {
         "date": date.today().isoformat(),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
@@ -145,19 +148,11 @@ async def soak(
         "early": early(before, after, firsts),
         "first_token_s": {
             "client_mean": round(statistics.mean(firsts), 3),
-            "gateway_mean": round((after.total(name) - before.total(name)) / len(firsts), 3),
+            "gateway_mean": mean("loraplex_gateway_time_to_first_token_seconds_sum", len(firsts)),
         },
         "memory": _memory_figures(memory),
         "came_or_went": memory.passing(),
     }
-
-
-async def _styles(url: str, askers: list[Asker]) -> dict[str, str]:
-    """What each adapter answers, before anything is counted."""
-    client = Client(url, 4)
-    found = {a.model: await client.text(a, PROMPT, PROMPT_TOKENS) for a in askers}
-    await client.close()
-    return {model: text for model, text in found.items() if text is not None}
 
 
 def _memory_figures(memory: Memory) -> list[dict[str, Any]]:
