@@ -85,8 +85,6 @@ class Client:
         first, usage, reason, done = None, None, None, False
         async with self._http.stream("POST", route, headers=headers, json=body) as response:
             self.ledger.requests[route, str(response.status_code)] += 1
-            self.hdr = getattr(self, "hdr", [])
-            hdr_at = time.monotonic() - began
             if response.is_error:
                 await response.aread()
                 raise self._error(asker, response)
@@ -107,7 +105,6 @@ class Client:
         if not done or usage is None or first is None:
             raise ValueError(f"a stream of {asker.model} broke")
         self._first(asker, first)
-        self.hdr.append((hdr_at, first, time.monotonic() - began))
         self.ledger.answered(asker.tenant, asker.adapter, usage)
         if (reason, usage["completion_tokens"]) != ("length", body["max_tokens"]):
             raise ValueError(f"{asker.model}: {reason}, {usage} instead of {body['max_tokens']}")
