@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 from _soak_client import Asker, Client, Refused
+from _soak_ledger import UNKNOWN
 
 MOVING = "moving"  # streams use it while its versions change
 PROMPT, PROMPT_TOKENS = "In the beginning", 8
@@ -125,7 +126,8 @@ class Keeper:
         response = await self._send("broken", config, weights[:-1])
         _must(response, 422)
         self._count(response.json()["error"]["code"], "refused")
-        _must(await self._client.call("GET", "/v1/models", f"{self._key}x"), 401)
+        wrong = await self._client.call("GET", "/v1/models", f"{self._key}x", UNKNOWN)
+        _must(wrong, 401)
         self._client.ledger.unknown_keys += 1
 
     async def _upload(self, name: str, style: str) -> None:

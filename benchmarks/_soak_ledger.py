@@ -14,7 +14,8 @@ Key = tuple[str, ...]
 Counts = dict[Key, float]
 
 REQUESTS = "loraplex_gateway_requests_total"
-OF_TENANTS = "/v1/"  # routes that the client alone calls; operators have others
+UNKNOWN = "unknown"  # a wrong key is refused before there is a route
+OF_TENANTS = ("/v1/", UNKNOWN)  # routes that the client alone calls; operators have others
 
 
 @dataclass
