@@ -100,6 +100,7 @@ class Engine:
             weights_seconds=self._runner.weights_seconds,
             ready_seconds=self._runner.ready_seconds,
         )
+        self._purged: set[str] = set()  # whose counts go with the next report
         self._account = EngineAccount(self._report, self._residency, self._kv, self._runner.device)
 
     def submit(self, request: GenerationRequest) -> None:
@@ -233,6 +234,7 @@ class Engine:
         self._keeper.forget(key)
         self._packs.remove(key)
         self._kv.forget(key)
+        self._purged.add(key)
         for seq in self._sequences.values():
             seq.purged |= seq.adapter_key == key
 
@@ -261,7 +263,13 @@ class Engine:
         r.load_failures, r.evictions = res.load_failures, res.evictions
         r.compiles_after_ready = len(self._runner.compiles.kernels)
         self._account.fill()
-        return EngineReport.from_wire(r.to_wire())
+        report = EngineReport.from_wire(r.to_wire())
+        # After they were told once more: reports that never forgot would grow with every upload.
+        for key in self._purged - {seq.owner for seq in self._sequences.values()}:
+            self._purged.discard(key)
+            r.prompt_tokens.pop(key, None)
+            r.output_tokens.pop(key, None)
+        return report
 
     def close(self) -> None:
         """Stops the other ranks and the fetch threads."""

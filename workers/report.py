@@ -11,6 +11,7 @@ REPORTED_TENANTS = 50
 @dataclass
 class EngineReport:
     """A snapshot of one engine. Counters only grow while the process lives; sizes are bytes.
+    Counts of a deleted adapter go after the report that has all of them.
 
     Adapters are named by `AdapterRef.key` ("tenant/digest"); base-model work of a tenant is
     counted under "tenant/base".

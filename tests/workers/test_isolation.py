@@ -53,6 +53,26 @@ def test_a_purged_adapter_is_gone_and_its_prefixes_too(demo, make_engine, run, g
     assert run(engine, [greedy("b", prompt, ref)])["b"].outputs[0].cached_tokens == 0
 
 
+def test_counts_of_a_purged_adapter_go_once_they_were_all_reported(demo, make_engine, run, greedy):
+    engine = make_engine()
+    ref, prompt, other = demo.refs["whaler"], list(range(200, 240)), list(range(300, 340))
+    first = run(engine, [greedy("a", prompt, ref)])["a"]
+    engine.submit(greedy("b", other, ref))
+    more = len(engine.step())
+    engine.purge(ref.key)
+    while engine.has_work():
+        # A request still runs: its own counts would be lost.
+        assert ref.key in engine.report().output_tokens
+        more += len(engine.step())
+    last = engine.report()
+    assert last.prompt_tokens[ref.key] == len(prompt) + len(other)
+    assert last.output_tokens[ref.key] == len(first.tokens) + more
+    after = engine.report()
+    assert ref.key not in after.prompt_tokens | after.output_tokens
+    run(engine, [greedy("c", prompt, ref)])
+    assert engine.report().output_tokens == {ref.key: len(first.tokens)}
+
+
 def test_an_adapter_purged_in_use_serves_to_the_end(demo, make_engine, run, greedy):
     engine = make_engine()
     ref = demo.refs["hacker"]
