@@ -68,6 +68,17 @@ SCENARIOS = {
         _small("flash-crowd", flash=(100.0, 160.0, 0.5)),
         _small("group-death", deaths=((120.0, 3),)),
         _small("abuse", abuse=(100.0, 160.0, 10.0)),
+        # Eight tenants with four adapters each, of which a pool holds 13. All ask for half of their
+        # fair share; after the warm-up, one asks for ten times that share.
+        _small(
+            "abusive",
+            zipf=0.0,
+            rate=70.0,
+            duration_s=120.0,
+            tenants=8,
+            rank_16_bytes=_SHARED_OUTER_RANK_16_BYTES,
+            abuse=(60.0, 120.0, 20.0),
+        ),
         _large("large-zipf-1", zipf=1.0),
         _large("large-zipf-1.5", zipf=1.5),
         _large("large-alternating", zipf=1.0, alternate_s=30.0),
@@ -89,6 +100,7 @@ def make_policy(name: str, trace: Trace, hardware: Hardware, seed: int) -> Polic
     """
     makers: dict[str, Callable[[], Policy]] = {
         "loraplex": Loraplex,
+        "loraplex-fcfs": lambda: Loraplex(fair=False),
         "hash": HashLru,
         "ray": lambda: RayMultiplex(seed),
         "p2c": lambda: TwoChoices(seed),
