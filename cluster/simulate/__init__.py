@@ -3,7 +3,7 @@
 `simulate` runs a trace against a `Policy`; `compare` runs several on the same one.
 """
 
-from .abuse import ABUSE_POLICIES, Abuse, Service, compare_abuse
+from .abuse import ABUSE_POLICIES, ABUSER, Abuse, Service, compare_abuse
 from .baselines import HashLru, RayMultiplex, TwoChoices
 from .dynamo import Dynamo
 from .floor import Floor, floor
@@ -18,6 +18,7 @@ from .summary import Summary, summarize
 from .trace import Fault, Trace, TracedAdapter, TracedRequest, TraceError, load_trace, save_trace
 
 __all__ = [
+    "ABUSER",
     "ABUSE_POLICIES",
     "POLICIES",
     "SCENARIOS",

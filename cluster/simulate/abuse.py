@@ -12,6 +12,7 @@ from .summary import quantile
 from .trace import Trace
 
 ABUSE_POLICIES = (POLICIES[0], "loraplex-fcfs", *POLICIES[1:])
+ABUSER = "t000"  # who floods in generated traces
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def compare_abuse(
 ) -> list[Abuse]:
     """Two runs a policy.
 
-    Tokens are those of requests that came after the warm-up and ended before the last one came, and
-    times those of all that came after it.
+    Tokens are those of requests that ended between the warm-up's end and the last arrival; times
+    are those of all that came in between, until they were served.
 
     Args:
         abuser: the tenant whose requests are left out of the first run.
@@ -69,9 +70,9 @@ def compare_abuse(
     def service(trace: Trace, policy: str) -> Service:
         chosen = make_policy(policy, trace, hardware, seed)
         outcome = simulate(trace, chosen, groups, hardware, warmup_s)
-        served = [s for s in outcome.served if s.at_s >= warmup_s and s.tenant != abuser]
-        times = sorted(s.ttft_s for s in served)
-        tokens = sum(s.output_tokens for s in served if s.end_s <= until_s)
+        served = [s for s in outcome.served if s.tenant != abuser]
+        times = sorted(s.ttft_s for s in served if s.at_s >= warmup_s)
+        tokens = sum(s.output_tokens for s in served if warmup_s <= s.end_s <= until_s)
         span = until_s - warmup_s
         return Service(
             round(tokens / span, 1) if span > 0 else 0.0,
