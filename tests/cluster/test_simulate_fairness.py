@@ -91,11 +91,11 @@ def test_work_for_two_tenants_who_wait_stays_within_the_bound(seed, room):
 
 
 def test_a_flood_is_the_same_flood_again():
-    work = replace(SCENARIOS["abusive"].work, duration_s=20.0, abuse=(5.0, 20.0, 20.0))
+    work = replace(SCENARIOS["abusive"].work, duration_s=10.0, abuse=(2.0, 10.0, 20.0), rate=20.0)
     trace = generate(work, 3)
     hardware = Hardware()
     first, again = (
-        simulate(trace, make_policy("loraplex", trace, hardware, 3), 8, hardware) for _ in range(2)
+        simulate(trace, make_policy("loraplex", trace, hardware, 3), 2, hardware) for _ in range(2)
     )
     assert first == again
 
@@ -103,11 +103,10 @@ def test_a_flood_is_the_same_flood_again():
 def test_tenants_below_their_share_keep_what_they_had_beside_a_flood():
     """And lose most of it where requests are served as they come."""
     scenario = SCENARIOS["abusive-group"]
-    trace = generate(replace(scenario.work, duration_s=120.0, abuse=(60.0, 120.0, 20.0)), 1)
+    trace = generate(scenario.work, 1)
     sent = [r.tenant for r in trace.requests if r.at_s >= 60.0]
     assert sent.count(ABUSER) > 2 * (len(sent) - sent.count(ABUSER))
     fair, fcfs = compare_abuse(trace, ABUSER, 1, 60.0, 1, ("loraplex", "loraplex-fcfs"))
-    assert fair.without == fcfs.without
     assert fair.throughput >= 0.95
     assert fair.p99_times <= 1.2
     assert fcfs.throughput < 0.8
