@@ -14,7 +14,7 @@ from .cli_tables import print_table
 from .errors import ClusterError
 
 if TYPE_CHECKING:
-    from .simulate import Summary
+    from .simulate import Abuse, Summary
 
 _TITLES = (
     "policy",
@@ -26,6 +26,15 @@ _TITLES = (
     "to pools",
     "from disk",
     "from S3",
+)
+_ABUSE_TITLES = (
+    "the others, by",
+    "tokens/s without",
+    "with",
+    "kept",
+    "p99 TTFT without",
+    "with",
+    "times",
 )
 
 
@@ -42,8 +51,13 @@ def simulate_command(
     ] = None,
     pool_gb: Annotated[float | None, typer.Option(help="Adapter pool of a group")] = None,
     policies: Annotated[
-        str, typer.Option(help="Separated by commas")
+        str,
+        typer.Option(help="Separated by commas; loraplex-fcfs: groups without turns of tenants"),
     ] = "loraplex,hash,ray,p2c,dynamo",
+    abuser: Annotated[
+        str | None,
+        typer.Option(help="Also what others get without this tenant and with it [the scenario's]"),
+    ] = None,
     slo: Annotated[float, typer.Option(help="Seconds to the first token")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the trace and of policies that draw")] = 1,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON")] = None,
@@ -52,11 +66,13 @@ def simulate_command(
 ) -> None:
     """Compare placement and routing policies in a simulated cluster."""
     from .simulate import (
-        POLICIES,
+        ABUSE_POLICIES,
+        ABUSER,
         SCENARIOS,
         Hardware,
         bars,
         compare,
+        compare_abuse,
         floor,
         generate,
         load_trace,
@@ -66,10 +82,16 @@ def simulate_command(
     if scenario not in SCENARIOS:
         raise ClusterError(f"no scenario is called {scenario!r}; there are {', '.join(SCENARIOS)}")
     wanted = [name.strip() for name in policies.split(",")]
-    if unknown := sorted(set(wanted) - set(POLICIES)):
-        raise ClusterError(f"no policy is called {unknown[0]!r}; there are {', '.join(POLICIES)}")
+    if unknown := sorted(set(wanted) - set(ABUSE_POLICIES)):
+        there = ", ".join(ABUSE_POLICIES)
+        raise ClusterError(f"no policy is called {unknown[0]!r}; there are {there}")
     chosen = SCENARIOS[scenario]
     requests = load_trace(trace) if trace else generate(chosen.work, seed)
+    if abuser is None and trace is None and chosen.work.abuse:
+        abuser = ABUSER
+    if abuser is not None and abuser not in (tenants := {r.tenant for r in requests.requests}):
+        there = ", ".join(sorted(tenants)[:8])
+        raise ClusterError(f"no request is of tenant {abuser!r}; there are those of {there}, ...")
     if save is not None:
         save_trace(requests, save)
     hardware = Hardware()
@@ -89,8 +111,12 @@ def simulate_command(
     least = floor(requests, groups * hardware.pool_bytes, warmup)
     bound = ("floor", *[""] * 5, f"{least.gpu_gb:.1f} GB", "", f"{least.s3_gb:.1f} GB")
     print_table(Console(), _TITLES, [*(_row(s) for s in rows), bound])
+    figures = {"settings": requests.settings, "results": [asdict(s) for s in rows]}
+    if abuser is not None:
+        harm = compare_abuse(requests, abuser, groups, warmup, seed, wanted, hardware)
+        print_table(Console(), _ABUSE_TITLES, [_abuse_row(a) for a in harm])
+        figures["abuse"] = [asdict(a) for a in harm]
     if out is not None:
-        figures = {"settings": requests.settings, "results": [asdict(s) for s in rows]}
         out.write_text(json.dumps(figures, indent=1) + "\n")
     if plot is not None:
         name = trace.stem if trace else scenario
@@ -108,4 +134,16 @@ def _row(s: Summary) -> tuple[object, ...]:
         f"{s.gpu_gb:.1f} GB",
         f"{s.disk_gb:.1f} GB",
         f"{s.s3_gb:.1f} GB",
+    )
+
+
+def _abuse_row(a: Abuse) -> tuple[object, ...]:
+    return (
+        a.policy,
+        f"{a.without.tokens_s:.0f}",
+        f"{a.beside.tokens_s:.0f}",
+        f"{a.throughput:.1%}",
+        f"{a.without.p99_ttft_s:.3f} s",
+        f"{a.beside.p99_ttft_s:.3f} s",
+        f"{a.p99_times:.2f}",
     )

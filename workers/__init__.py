@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .handshake import ClientHandshake
     from .model_runner import run_follower
     from .pace import Pace
+    from .places import Places
     from .pool.packs import PackSource
     from .report import EngineReport, GroupReport
     from .request import (
@@ -78,6 +79,7 @@ _HOME = {
     "PING_EVERY_S": "wire",
     "Pace": "pace",
     "PackSource": "pool.packs",
+    "Places": "places",
     "PoolFull": "errors",
     "Prices": "fairness",
     "RankPlacement": "group",
@@ -125,6 +127,7 @@ __all__ = [
     "ModelUnsupported",
     "Pace",
     "PackSource",
+    "Places",
     "PoolFull",
     "Prices",
     "RankPlacement",

@@ -3,6 +3,7 @@
 `simulate` runs a trace against a `Policy`; `compare` runs several on the same one.
 """
 
+from .abuse import ABUSE_POLICIES, ABUSER, Abuse, Service, compare_abuse
 from .baselines import HashLru, RayMultiplex, TwoChoices
 from .dynamo import Dynamo
 from .floor import Floor, floor
@@ -17,8 +18,11 @@ from .summary import Summary, summarize
 from .trace import Fault, Trace, TracedAdapter, TracedRequest, TraceError, load_trace, save_trace
 
 __all__ = [
+    "ABUSER",
+    "ABUSE_POLICIES",
     "POLICIES",
     "SCENARIOS",
+    "Abuse",
     "Advice",
     "Dynamo",
     "Fault",
@@ -30,6 +34,7 @@ __all__ = [
     "Policy",
     "RayMultiplex",
     "Scenario",
+    "Service",
     "SimulationError",
     "StepCosts",
     "Summary",
@@ -41,6 +46,7 @@ __all__ = [
     "Workload",
     "bars",
     "compare",
+    "compare_abuse",
     "floor",
     "generate",
     "load_trace",

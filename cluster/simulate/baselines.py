@@ -12,9 +12,11 @@ from .trace import TracedRequest
 
 
 class _Unadvised:
-    """Groups load what requests ask for and evict the least recently used."""
+    """Groups load what requests ask for and evict the least recently used. Requests are served
+    as they come."""
 
     tick_s: float | None = None
+    fair = False
 
     def tick(self, now_s: float, groups: Iterable[SimGroup]) -> Mapping[str, Advice]:
         return {}

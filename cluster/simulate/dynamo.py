@@ -54,6 +54,7 @@ class Dynamo:
     """
 
     name = "dynamo"
+    fair = False
 
     def __init__(self, slots: int) -> None:
         self.tick_s: float | None = TICK_S

@@ -103,7 +103,7 @@ def _adapters(work: Workload, rng: random.Random) -> list[TracedAdapter]:
     ranks, shares = zip(*work.ranks, strict=True)
     drawn = rng.choices(ranks, shares, k=work.adapters)
     return [
-        TracedAdapter(f"t{i % work.tenants:03d}/{i:06d}", work.rank_16_bytes * rank // 16)
+        TracedAdapter(f"t{i % work.tenants:03d}/{i:06d}", work.rank_16_bytes * rank // 16, rank)
         for i, rank in enumerate(drawn)
     ]
 

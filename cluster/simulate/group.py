@@ -7,11 +7,8 @@ its requests and not with their tokens; an arrival cuts the stretch at the next 
 from __future__ import annotations
 
 import heapq
-import math
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
 
 from ...workers import EngineReport, GroupReport, Pace
 from ..routing import GroupLoad
@@ -19,60 +16,13 @@ from .clock import Clock
 from .cores import Cores
 from .hardware import Hardware
 from .pool import SimPool
+from .queues import Fifo, Queue
+from .run import Run
+from .stretch import Stretch
 from .tiers import NodeTiers
 from .trace import TracedRequest
 
 PREFIX_CACHE_TOKENS = 50_000
-OVERTAKE_LIMIT = 8  # as in EngineConfig
-
-
-@dataclass(eq=False)
-class Run:
-    """A request on its way. `done`: output tokens so far, over all groups that worked on it."""
-
-    request: TracedRequest
-    number: int
-    done: int = 0
-    first_token_s: float | None = None
-    prefill_left: int = 0
-    holds_adapter: bool = False
-    begun_at: int = 0  # the group's step count when it began to decode
-    groups: list[str] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> int:
-        """KV that it takes at most."""
-        return self.request.prompt_tokens + self.request.output_tokens
-
-
-class Queue(Protocol):
-    """Requests that wait. First come first served here; a fair queue has the same methods."""
-
-    def push(self, run: Run) -> None: ...
-    def remove(self, run: Run) -> None: ...
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[Run]:
-        """In the order in which they should start; runs may be removed meanwhile."""
-        ...
-
-
-class Fifo:
-    """In the order of arrival."""
-
-    def __init__(self) -> None:
-        self._runs: dict[int, Run] = {}
-
-    def push(self, run: Run) -> None:
-        self._runs[run.number] = run
-
-    def remove(self, run: Run) -> None:
-        del self._runs[run.number]
-
-    def __len__(self) -> int:
-        return len(self._runs)
-
-    def __iter__(self) -> Iterator[Run]:
-        return iter(list(self._runs.values()))
 
 
 class SimGroup:
@@ -99,7 +49,9 @@ class SimGroup:
         self.name, self.hardware, self.tiers = name, hardware, tiers
         self._clock, self._ended = clock, ended
         self._cores = cores or Cores(hardware)
-        self.pool = SimPool(clock, hardware, sizes, tiers, self._adapter_came, self._cores)
+        self.queue = queue()
+        fair = self.queue.fair
+        self.pool = SimPool(clock, hardware, sizes, tiers, self._adapter_came, self._cores, fair)
         self.pace = Pace()
         self.report = EngineReport(
             pool_bytes_total=hardware.pool_bytes, max_running=hardware.max_running
@@ -107,19 +59,15 @@ class SimGroup:
         self.report.gpu = self.pool.resident
         self.report.host, self.report.disk = tiers.host.entries, tiers.disk.entries
         self.report.host_bytes_total = hardware.host_bytes
-        self.queue = queue()
-        self._waiting_for: dict[str, list[Run]] = {}  # adapters that come
         self._prefilling: list[Run] = []
         self._decoding: list[tuple[int, int, Run]] = []  # heap by the step at whose end it ends
-        self._rows: Counter[str | None] = Counter()  # decoding, by adapter
+        self._rows: Counter[tuple[str, str | None]] = Counter()  # decoding, by tenant and adapter
         self._adapters: Counter[str] = Counter()  # in steps, by adapter
         self._kv_used = 0
         self._prompt_waiting = 0
-        self._waiting = 0
-        self._overtaken = 0
         self._prefixes: OrderedDict[tuple[str | None, int], int] = OrderedDict()
         self._steps = 0
-        self._stretch: _Stretch | None = None
+        self._stretch: Stretch | None = None
         self._load: GroupLoad | None = None  # until something changes
         self.alive = True
 
@@ -127,7 +75,7 @@ class SimGroup:
 
     @property
     def requests(self) -> int:
-        return self._waiting + self.running
+        return len(self.queue) + self.running
 
     @property
     def running(self) -> int:
@@ -143,7 +91,7 @@ class SimGroup:
         free = self.hardware.max_running - self.running
         return GroupLoad(
             requests=self.requests,
-            wait_s=self.pace.wait_s(pending, self._waiting, free),
+            wait_s=self.pace.wait_s(pending, len(self.queue), free),
             token_s=self.pace.token_s,
             resident=self.pool.resident,
         )
@@ -152,7 +100,7 @@ class SimGroup:
         """Live: its dictionaries are the group's own."""
         load = self.load()
         r = self.report
-        r.queued, r.running, r.steps = self._waiting, self.running, self._steps
+        r.queued, r.running, r.steps = len(self.queue), self.running, self._steps
         r.wait_s, r.token_s = load.wait_s, load.token_s
         return GroupReport("sim", self.name, self.tiers.name, 1, 0, False, r)
 
@@ -161,9 +109,10 @@ class SimGroup:
     def submit(self, run: Run) -> None:
         run.groups.append(self.name)
         self._load = None
-        self._waiting += 1
         self._prompt_waiting += run.request.prompt_tokens + run.done
         self.queue.push(run)
+        if self.queue.fair and run.request.adapter is not None:
+            self.pool.want(run.request.adapter)
         self._interrupt()
 
     def kill(self) -> list[Run]:
@@ -177,19 +126,15 @@ class SimGroup:
         self._cores.idle(self)
         for _, _, run in self._decoding:
             run.done += min(done - run.begun_at, run.request.output_tokens - 1 - run.done)
-        blocked = [run for runs in self._waiting_for.values() for run in runs]
-        runs = [*self.queue, *blocked, *self._prefilling, *(r for _, _, r in self._decoding)]
+        runs = [*self.queue, *self._prefilling, *(r for _, _, r in self._decoding)]
         for run in runs:
             run.holds_adapter = False
         return sorted(runs, key=lambda r: r.number)
 
     def _adapter_came(self, key: str) -> None:
-        runs = self._waiting_for.pop(key, [])
-        if runs and self.pool.acquire(key):
-            # Who waited longest has it at once: else another's load might evict it unused.
-            runs[0].holds_adapter = True
-        for run in runs:
-            self.queue.push(run)
+        first = self.queue.came(key)
+        if first is not None:
+            first.holds_adapter = self.pool.acquire(key)
         self._interrupt()
 
     def _interrupt(self) -> None:
@@ -209,35 +154,39 @@ class SimGroup:
 
     def _begin(self) -> None:
         self._load = None
-        self._admit()
-        prompt_tokens = self._prefill_chunk()
         rows = len(self._decoding)
+        prompt_tokens = self._fill(max(0, self.hardware.max_batch_tokens - rows))
         if not rows and not prompt_tokens:
             self._cores.idle(self)
             return
         slowed = self._cores.busy(self)
         steps = 1 if prompt_tokens else max(1, self._decoding[0][0] - self._steps)
         seconds = self.hardware.step_s(rows, prompt_tokens, len(self._adapters)) * slowed
-        self._stretch = _Stretch(self._clock.now, steps, seconds, prompt_tokens)
+        self._stretch = Stretch(self._clock.now, steps, seconds, prompt_tokens)
         self._schedule(self._stretch)
 
-    def _schedule(self, stretch: _Stretch) -> None:
+    def _schedule(self, stretch: Stretch) -> None:
         self._clock.at(stretch.end_s, lambda: self._step_ended(stretch))
 
-    def _step_ended(self, stretch: _Stretch) -> None:
+    def _step_ended(self, stretch: Stretch) -> None:
         if stretch is not self._stretch:
             return  # cut short, or the group died
         self._stretch = self._load = None
         self._steps += stretch.steps
-        for key, rows in self._rows.items():
-            self._count(self.report.output_tokens, key, rows * stretch.steps)
+        for owner, rows in self._rows.items():
+            tokens = rows * stretch.steps
+            self._count(self.report.output_tokens, owner[1], tokens)
+            self.queue.decoded(owner, tokens)
         ended: list[Run] = []
         while self._decoding and self._decoding[0][0] <= self._steps:
             run = heapq.heappop(self._decoding)[2]
             self._leave(run)
             ended.append(run)
-        while self._prefilling and not self._prefilling[0].prefill_left:
-            run = self._prefilling.pop(0)
+        begun, self._prefilling = self._prefilling, []
+        for run in begun:
+            if run.prefill_left:
+                self._prefilling.append(run)
+                continue
             self._first_token(run)
             if run.done >= run.request.output_tokens:
                 self._free(run)
@@ -259,51 +208,78 @@ class SimGroup:
         left = run.request.output_tokens - run.done
         if left:
             heapq.heappush(self._decoding, (self._steps + left, run.number, run))
-            self._rows[key] += 1
+            self._rows[run.owner] += 1
 
     def _leave(self, run: Run) -> None:
         run.done = run.request.output_tokens
-        key = run.request.adapter
-        self._rows[key] -= 1
-        if not self._rows[key]:
-            del self._rows[key]
+        self._rows[run.owner] -= 1
+        if not self._rows[run.owner]:
+            del self._rows[run.owner]
         self._free(run)
 
     def _free(self, run: Run) -> None:
         key = run.request.adapter
         self._kv_used -= run.tokens
+        self.queue.end(run)
         if key is not None:
             self._adapters[key] -= 1
             if not self._adapters[key]:
                 del self._adapters[key]
             self.pool.release(key)
 
-    def _admit(self) -> None:
-        if not len(self.queue):
-            return
-        blocked = self.pool.blocked
-        if not blocked:
-            self._overtaken = 0
-        for run in self.queue:
-            if self.running >= self.hardware.max_running:
-                return
-            if self._kv_used and self._kv_used + run.tokens > self.hardware.kv_tokens:
-                return
-            key = run.request.adapter
-            if not run.holds_adapter:
-                if blocked and self._overtaken >= OVERTAKE_LIMIT:
+    def _fill(self, left: int) -> int:
+        """Spends what is left of a step on prompts, begun ones and new ones, as they come in turn.
+
+        Returns:
+            Prompt tokens that the step computes.
+        """
+        budget = left
+
+        def take(run: Run) -> None:
+            nonlocal left
+            chunk = min(run.prefill_left, left)
+            run.prefill_left -= chunk
+            left -= chunk
+            self.queue.prefilled(run, chunk)
+
+        begun = deque(self.queue.in_turn(self._prefilling))
+        if left and len(self.queue) and self.running < self.hardware.max_running:
+            for run in self.queue.candidates(self.pool.blocked):
+                while begun and left and not self.queue.before(run, begun[0]):
+                    take(begun.popleft())
+                if not left or self.running >= self.hardware.max_running:
+                    break
+                loaded_bytes = self._acquire(run)
+                if loaded_bytes is None:
                     continue
-                if key is not None and not self.pool.acquire(key):
-                    self.queue.remove(run)
-                    self._waiting_for.setdefault(key, []).append(run)
-                    continue
-                self._overtaken += blocked
-            self.queue.remove(run)
-            self._start(run)
+                if self._kv_used and self._kv_used + run.tokens > self.hardware.kv_tokens:
+                    if run.request.adapter is not None and not run.holds_adapter:
+                        self.pool.release(run.request.adapter)
+                    break
+                self.queue.start(run, loaded_bytes)
+                self._start(run)
+                take(run)
+        while begun and left:
+            take(begun.popleft())
+        return budget - left
+
+    def _acquire(self, run: Run) -> int | None:
+        """Takes hold of its adapter; else it waits for that.
+
+        Returns:
+            Bytes that were loaded for it, if it is here.
+        """
+        key = run.request.adapter
+        if key is None or run.holds_adapter:
+            return 0
+        loaded_bytes = self.pool.loaded_for_request(key)
+        if self.pool.acquire(key):
+            return loaded_bytes
+        self.queue.wait(run, for_room=self.pool.lacks_room(key))
+        return None
 
     def _start(self, run: Run) -> None:
         r = run.request
-        self._waiting -= 1
         self._prompt_waiting -= r.prompt_tokens + run.done
         self._kv_used += run.tokens
         if r.adapter is not None:
@@ -312,17 +288,6 @@ class SimGroup:
         run.prefill_left = max(1, r.prompt_tokens + run.done - self._cached(r))
         self._count(self.report.prompt_tokens, r.adapter, run.prefill_left)
         self._prefilling.append(run)
-
-    def _prefill_chunk(self) -> int:
-        budget = max(0, self.hardware.max_batch_tokens - len(self._decoding))
-        taken = 0
-        for run in self._prefilling:
-            if taken == budget:
-                break
-            chunk = min(run.prefill_left, budget - taken)
-            run.prefill_left -= chunk
-            taken += chunk
-        return taken
 
     def _cached(self, r: TracedRequest) -> int:
         """Tokens of the prompt that are in the cache; the shared part is there from now on."""
@@ -339,25 +304,3 @@ class SimGroup:
     def _count(self, counts: dict[str, int], key: str | None, tokens: int) -> None:
         owner = key or "base/base"
         counts[owner] = counts.get(owner, 0) + tokens
-
-
-@dataclass(frozen=True, eq=False)
-class _Stretch:
-    """Equal steps, one after the other."""
-
-    start_s: float
-    steps: int
-    seconds: float  # of one step
-    prompt_tokens: int
-
-    @property
-    def end_s(self) -> float:
-        return self.start_s + self.steps * self.seconds
-
-    def whole_steps(self, now_s: float) -> int:
-        return min(self.steps, math.floor((now_s - self.start_s) / self.seconds))
-
-    def cut(self, now_s: float) -> _Stretch:
-        """The same, ending with the step that runs at `now_s`."""
-        steps = min(self.steps, max(1, math.ceil((now_s - self.start_s) / self.seconds)))
-        return _Stretch(self.start_s, steps, self.seconds, self.prompt_tokens)

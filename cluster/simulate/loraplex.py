@@ -18,16 +18,19 @@ class Loraplex:
 
     The gateway has fresh loads, as it has them from the groups' token batches, and the table of
     the controller's last tick.
-    """
 
-    name = "loraplex"
+    Args:
+        fair: groups take tenants in turn, as they do; else requests as they come, to compare with.
+    """
 
     def __init__(
         self,
         config: ControllerConfig | None = None,
         policy: RoutingPolicy = DEFAULT_POLICY,
         tick_s: float = 0.5,
+        fair: bool = True,
     ) -> None:
+        self.name, self.fair = "loraplex" if fair else "loraplex-fcfs", fair
         self.tick_s: float | None = tick_s
         self._now = 0.0
         self._controller = Controller(config or ControllerConfig(), lambda: self._now)

@@ -23,6 +23,7 @@ class Policy(Protocol):
 
     name: str
     tick_s: float | None  # between calls of `tick`; None: never
+    fair: bool  # groups take tenants in turn; else requests as they come
 
     def route(self, now_s: float, request: TracedRequest, groups: Mapping[str, SimGroup]) -> str:
         """The name of the group, one of `groups`, which are those that live."""

@@ -49,6 +49,22 @@ def _large(name: str, **changes) -> Scenario:
     return Scenario(replace(work, **changes), groups=64, warmup_s=60.0)
 
 
+def _abusive(name: str, groups: int, adapters: int) -> Scenario:
+    """Eight tenants who ask for half of their fair share; after the warm-up, the first one asks for
+    ten times that share. (A group serves some 17 requests/s; its pool holds 13 adapters.)"""
+    work = Workload(
+        name,
+        adapters=adapters,
+        rate=8.75 * groups,
+        duration_s=180.0,
+        zipf=0.0,
+        rank_16_bytes=_SHARED_OUTER_RANK_16_BYTES,
+        tenants=8,
+        abuse=(60.0, 180.0, 20.0),
+    )
+    return Scenario(work, groups, warmup_s=60.0)
+
+
 SCENARIOS = {
     s.work.name: s
     for s in (
@@ -68,6 +84,8 @@ SCENARIOS = {
         _small("flash-crowd", flash=(100.0, 160.0, 0.5)),
         _small("group-death", deaths=((120.0, 3),)),
         _small("abuse", abuse=(100.0, 160.0, 10.0)),
+        _abusive("abusive", groups=8, adapters=32),
+        _abusive("abusive-group", groups=1, adapters=8),
         _large("large-zipf-1", zipf=1.0),
         _large("large-zipf-1.5", zipf=1.5),
         _large("large-alternating", zipf=1.0, alternate_s=30.0),
@@ -89,6 +107,7 @@ def make_policy(name: str, trace: Trace, hardware: Hardware, seed: int) -> Polic
     """
     makers: dict[str, Callable[[], Policy]] = {
         "loraplex": Loraplex,
+        "loraplex-fcfs": lambda: Loraplex(fair=False),
         "hash": HashLru,
         "ray": lambda: RayMultiplex(seed),
         "p2c": lambda: TwoChoices(seed),

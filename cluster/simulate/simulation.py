@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from ..errors import ClusterError
 from .clock import Clock
 from .cores import Cores
-from .group import Run, SimGroup
+from .group import SimGroup
 from .hardware import Hardware
 from .policy import Policy
+from .queues import Fair, Fifo, Queue
+from .run import Run
 from .tiers import NodeTiers
 from .trace import Fault, Trace
 
@@ -48,6 +50,7 @@ class _World:
         self.clock = Clock()
         self._policy, self._hardware = policy, hardware
         self._sizes = trace.sizes
+        self._ranks = {a.key: a.rank for a in trace.adapters}
         self._cores = Cores(hardware)
         nodes = [
             NodeTiers(_name(i), self.clock, hardware, self._sizes, self._cores)
@@ -70,11 +73,15 @@ class _World:
             self._tiers[name],
             self._ended,
             self._cores,
+            self._queue,
         )
         self.groups = dict(sorted(self.groups.items()))
         stranded, self._stranded = self._stranded, []
         for run in stranded:
             self.send(run)
+
+    def _queue(self) -> Queue:
+        return Fair(self._hardware.max_running, self._ranks) if self._policy.fair else Fifo()
 
     def arrive(self, run: Run) -> None:
         """The request reaches the gateway."""

@@ -21,6 +21,7 @@ class TracedAdapter:
 
     key: str
     nbytes: int
+    rank: int = 16
 
     @property
     def tenant(self) -> str:

@@ -127,8 +127,8 @@ def test_a_pool_never_holds_more_than_it_has_and_never_drops_what_is_used(monkey
 
     copy = SimPool._copy
 
-    def checked(self, key):
-        copy(self, key)
+    def checked(self, key, asked):
+        copy(self, key, asked)
         assert self._used_bytes <= self._hardware.pool_bytes
         held = sum(r.nbytes for r in self._state.values())
         assert held + sum(self._sizes[k] for k in self._copying) == self._used_bytes
