@@ -158,6 +158,7 @@ def test_prefetch_loads_what_the_controller_wants_but_evicts_nothing_in_use(
     engine.set_desired([wanted])
     deadline = time.monotonic() + 20
     while wanted.key not in engine.report().gpu and time.monotonic() < deadline:
+        engine.set_desired([wanted])  # again and again, as the controller does
         running = engine.report().running
         if engine.has_work():
             engine.step()
