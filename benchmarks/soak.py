@@ -6,9 +6,10 @@ Starts the demo with two gateways and two groups, whose pools don't hold all ada
 streams are open all the time, over the base model, the demo's adapters and one whose version
 changes. Every `--every` seconds its tenant uploads a version or another adapter, rolls back,
 deletes, or is refused, and asks whether it shows. Another tenant asks for more than its limit
-allows, and waits as Retry-After tells it. The client's times contain its own wait for a core. In the end every count that the metrics and the client
+allows, and waits as Retry-After tells it. In the end every count that the metrics and the client
 both have must be the same, and no process may have grown after the first third by more than
-GROWTH_MB (STORE_GROWTH_MB). JSON in benchmarks/results/<machine>/soak.json.
+GROWTH_MB (STORE_GROWTH_MB). The client's times
+contain its own wait for a core. JSON in benchmarks/results/<machine>/soak.json.
 """
 
 from __future__ import annotations
