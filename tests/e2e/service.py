@@ -136,15 +136,16 @@ class Service:
         return sorted(entry.key for entry in store.list(prefix))
 
     def metric(self, name: str) -> dict[str, float]:
-        """A metric's values by group."""
+        """A metric's values by group, added up over its other labels."""
         response = httpx.get(f"http://127.0.0.1:{self.metrics_port()}/metrics", trust_env=False)
         assert response.status_code == 200, response.text
-        return {
-            sample.labels["group"]: sample.value
-            for family in text_string_to_metric_families(response.text)
-            for sample in family.samples
-            if sample.name == name
-        }
+        values: dict[str, float] = {}
+        for family in text_string_to_metric_families(response.text):
+            for sample in family.samples:
+                if sample.name == name:
+                    group = sample.labels["group"]
+                    values[group] = values.get(group, 0.0) + sample.value
+        return values
 
     def metrics_port(self) -> int:
         """Of the controller's admin side."""

@@ -120,11 +120,12 @@ def test_counts_are_those_of_the_client(service: Service, prometheus: Prometheus
         ]
         for name, field in (("input", "prompt_tokens"), ("output", "completion_tokens")):
             expr = f'sum(loraplex_gateway_{name}_tokens_total{{tenant="{tenant.name}"}})'
-            wait_for(lambda expr=expr: prometheus.query(expr), expr)
-            ((_, shown),) = prometheus.query(expr)
-            assert shown == sum(u[field] for u in usage)
+            told = float(sum(u[field] for u in usage))
+            # A scrape may have come between two answers.
+            shown = [({}, told)]
+            wait_for(lambda e=expr, s=shown: prometheus.query(e) == s, f"{told:.0f} of {expr}")
         queue = f'sum(loraplex_gateway_generations_total{{tenant="{tenant.name}"}})'
-        assert prometheus.query(queue) == [({}, 3.0)]
+        wait_for(lambda: prometheus.query(queue) == [({}, 3.0)], f"3 of {queue}")
     gone = f'count(loraplex_gateway_generations_total{{tenant="{tenant.name}"}})'
     wait_for(lambda: not prometheus.query(gone), "end of a deleted tenant's series")
 
