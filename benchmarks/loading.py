@@ -144,8 +144,8 @@ def decode_steps(bench: LoadingEngine, batch: int, steps: int, loads: bool) -> d
     while len(started) < batch:  # prefill
         started |= set(bench.outputs())
     residency = bench.engine._residency
-    extra, before, walls = bench.ref(10**6), residency.load_bytes, []
-    count = sum(residency.loads.values())
+    extra, before, walls = bench.ref(10**6), residency.counts.bytes, []
+    count = sum(residency.counts.loads.values())
     if loads:
         bench.engine.set_desired([extra])
     began = last = time.perf_counter()
@@ -169,8 +169,8 @@ def decode_steps(bench: LoadingEngine, batch: int, steps: int, loads: bool) -> d
         "steps": len(walls),
         "median_ms": statistics.median(walls) * 1e3,
         "p99_ms": walls[int(len(walls) * 0.99)] * 1e3,
-        "loads": sum(residency.loads.values()) - count,
-        "loaded_gb_s": (residency.load_bytes - before) / seconds / 1e9,
+        "loads": sum(residency.counts.loads.values()) - count,
+        "loaded_gb_s": (residency.counts.bytes - before) / seconds / 1e9,
     }
 
 
