@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _local_packs import LocalPacks
 from loraplex.workers import AdapterRef, Engine, EngineConfig, GenerationRequest, SamplingParams
 from loraplex.workers.pool.residents import Resident
 
@@ -65,27 +66,6 @@ TINY = Shape(
     rank=16, prompt=24, steps=14, batches=(1, 8), adapters=4, prefill=(4, 64),
     max_batch_tokens=256,
 )  # fmt: skip
-
-
-class _NoPacks:
-    """Adapters are written into the pool: nothing is ever fetched."""
-
-    def ensure(self, tenant_id: str, digest: str, wanted: object = None) -> tuple[Path, str]:
-        raise KeyError(digest)
-
-    def resident(self) -> dict[str, int]:
-        return {}
-
-    def host_resident(self) -> dict[str, int]:
-        return {}
-
-    host_bytes = 0
-
-    def keep_packs(self, keys: Iterable[str]) -> None:
-        pass
-
-    def remove(self, key: str) -> None:
-        pass
 
 
 @dataclass
@@ -160,7 +140,7 @@ class BenchEngine:
             overlap=overlap,
             cuda_graphs=graphs,
         )
-        self.engine = Engine(config, _NoPacks())
+        self.engine = Engine(config, LocalPacks())
         self.runner = self.engine._runner
         self.refs = [AdapterRef(TENANT, f"{i:064x}") for i in range(shape.adapters)]
         fill_pool(self.runner.pool, shape)
