@@ -20,7 +20,7 @@ from .hooked import (
     weight_tiles,
 )
 from .launch import cdiv
-from .lora import batch_args, expand_args, expand_flags, shrink_down, shrink_gate_up
+from .lora import Shrunk, batch_args, expand_args, expand_flags, shrink_down, shrink_gate_up
 from .shared_outer import combine_shared, shrink_tokens_
 
 
@@ -45,15 +45,7 @@ class FusedBackend(HookedBackend):
         grid = (grid_size(rows.max_blocks * tiles_n, tile, x.device),)
         if grid[0] == 0:
             return a
-        shrunk = None
-        if lora is not None:
-            check_tables(lora, rows, x.device)
-            shared_bit = SHARED_A13 if lora.shared_outer else 0
-            shrunk = shrink_gate_up(
-                x, intermediate, rows, lora, batch.tiles.shrink_gate_up, shared_bit
-            )
-            if lora.shared_outer and batch.lora_batch is not None:
-                shrink_tokens_(shrunk, x, batch.topk_ids, batch.lora_batch, batch.row_of_pair, lora)
+        shrunk = None if lora is None else self.shrunk(x, intermediate, batch, lora)
         gate_up_kernel[grid](
             x, weights.w13, x if weights.w13_scale is None else weights.w13_scale,
             x if weights.w13_bias is None else weights.w13_bias, a,
@@ -67,6 +59,18 @@ class FusedBackend(HookedBackend):
             **gemm_flags(tile, rows, weights.w13, intermediate),
         )  # fmt: skip
         return a
+
+    def shrunk(
+        self, x: torch.Tensor, intermediate: int, batch: GpuBatch, lora: ExpertLoraTables
+    ) -> Shrunk:
+        """What gate and up are to add to each row of x's tokens, before B13."""
+        rows = batch.rows
+        check_tables(lora, rows, x.device)
+        shared_bit = SHARED_A13 if lora.shared_outer else 0
+        shrunk = shrink_gate_up(x, intermediate, rows, lora, batch.tiles.shrink_gate_up, shared_bit)
+        if lora.shared_outer and batch.lora_batch is not None:
+            shrink_tokens_(shrunk, x, batch.topk_ids, batch.lora_batch, batch.row_of_pair, lora)
+        return shrunk
 
     def second_half(
         self,
