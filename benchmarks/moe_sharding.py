@@ -126,7 +126,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON of all figures")
     args = parser.parse_args()
     if not (args.smoke or torch.cuda.is_available()):
-        sys.exit("error: this measures a CUDA GPU, and torch finds none; --smoke runs on a CPU")
+        print("skipped: this measures a CUDA GPU, and torch finds none; --smoke runs on a CPU")
+        return
     rank, world = (int(os.environ.get(name, d)) for name, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
