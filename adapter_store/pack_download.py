@@ -29,7 +29,7 @@ from .single_flight import Wanted
 logger = logging.getLogger(__name__)
 
 HEAD_BYTES = 256 << 10  # asked for first: holds most headers, and all of a small pack
-PART_BYTES = 8 << 20  # a request's latency is small beside it, and it is little to lose
+PART_BYTES = 16 << 20  # a request's time is small beside it, and it is little to lose
 _PAGE = 4096  # of what direct writes want whole
 _HEAD = -1  # its number in the journal
 
