@@ -28,6 +28,7 @@ from loraplex.adapter_store import (
     Pack,
     PackPin,
     StoreUnavailable,
+    host_arena,
     host_folder,
 )
 
@@ -225,6 +226,41 @@ def test_without_memory_for_it_a_pack_is_used_from_the_disk(
     assert source == "s3"
     assert Pack.open(path).arena is None
     assert tier.host_resident() == {}
+
+
+def test_a_memory_that_takes_not_even_an_entry_harms_nobody_later(
+    store: ObjectStore, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others have filled the file system; then there is room again."""
+    a, b = stored(store, tmp_path, 2)
+    tier = make()
+    real = os.pwrite
+
+    def full(fd: int, data: bytes, offset: int) -> int:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(".fill"):
+            raise OSError(28, "No space left on device")
+        return real(fd, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        assert Pack.open(tier.ensure(TENANT, a)[0]).arena is None
+    for each in (tier, make()):
+        assert each._arena._filling() == []
+        assert Pack.open(each.ensure(TENANT, b)[0]).arena is not None
+
+
+def test_an_arena_that_another_process_makes_meanwhile_is_taken_as_it_is(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = host_arena._make
+
+    def and_then_another(folder: Path, size: int) -> None:
+        real(folder, size)
+        real(folder, MIB)  # by who came between this one's two locks
+
+    monkeypatch.setattr(host_arena, "_make", and_then_another)
+    arena = make()._arena
+    assert arena.nbytes == len(arena._map) == MIB
 
 
 @pytest.mark.parametrize("offset", [3, 40, 4500, -20])
