@@ -10,7 +10,9 @@ is for who has told others of its path.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -265,24 +267,34 @@ class DiskTier:
             time.sleep(_POLL_S)
 
     def _evict_for(self, nbytes: int, mine: Partial) -> bool:
-        """Evicts until `nbytes` more fit; False when what is in use forbids it."""
+        """Evicts until `nbytes` more fit; False when what is in use forbids it.
+
+        On a disk that others fill, too, the cache is as large as there is room.
+        """
         packs = list(self._packs())
-        total = nbytes + sum(stat.st_size for _, stat in packs)
-        total += sum(size for path, size in self._partials() if path != mine.path)
-        if total > self._max_bytes:
+        partials = dict(self._partials())
+        mine_bytes = partials.pop(mine.path, 0)
+        held_bytes = sum(stat.st_size for _, stat in packs) + sum(partials.values())
+        room = held_bytes + mine_bytes + shutil.disk_usage(self._folder).free
+        most, total = min(self._max_bytes, room), nbytes + held_bytes
+        if total > most:
             total -= self._remove_partials(mine)
         pinned: set[str] = set()
-        while total > self._max_bytes:
+        while total > most:
             held = self._held(packs, pinned)
-            chosen = victims(held, total - self._max_bytes)
+            chosen = victims(held, total - most)
             if chosen is None:
-                return False
+                return total <= self._max_bytes  # whoever makes the file says that the disk is full
             for item in chosen:
                 if evict(self._path(item.key)):
                     total -= item.nbytes
                     packs = [p for p in packs if _key_of(p[0]) != item.key]
                 else:
                     pinned.add(item.key)
+        here = {_key_of(path) for path, _ in packs}
+        for key in list(self._verified):
+            if key not in here:
+                self._verified.pop(key, None)
         return True
 
     def _held(self, packs: list[tuple[Path, os.stat_result]], pinned: set[str]) -> list[Held]:
@@ -302,7 +314,7 @@ class DiskTier:
             with contextlib.suppress(FileNotFoundError):
                 yield path, path.stat().st_size
 
-    def _remove_partials(self, mine: Partial | None = None, older_than_s: float = 0.0) -> int:
+    def _remove_partials(self, mine: Partial | None = None, older_than_s: float = -math.inf) -> int:
         """Removes what stopped fetches have left, for which nobody works now; its bytes."""
         removed = 0
         for path, size in list(self._partials()):

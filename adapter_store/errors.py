@@ -53,7 +53,7 @@ REFUSAL_CODES = {
     "ambiguous_layout": "fused expert factors whose orientation nothing decides",
     "rank_limit": "a rank below 1, or above what this service is set up for (at most 256)",
     "non_finite": "a factor with NaN or infinite values",
-    "empty_adapter": "no tensor at all",
+    "empty_adapter": "no tensor at all, or none of any rank",
     "too_large": "a file larger than this service takes",
 }
 

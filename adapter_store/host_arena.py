@@ -139,27 +139,25 @@ class HostArena:
         """A place for a pack, for which others may leave; None: what is in use leaves none.
 
         Raises:
-            LocalDiskError: the file system is full.
+            LocalDiskError, OSError: the file system is full.
         """
         path = self._path(key)
         path.parent.mkdir(exist_ok=True)
         fill = path.with_name(f".{secrets.token_hex(8)}{_FILL}")
         room = align(nbytes, DATA_ALIGN)
-        with self._layout_lock():
-            start = self._clear(room)
-            if start is None:
-                return None
-            fd = os.open(fill, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            take(fd)
-            os.pwrite(fd, entry(start, nbytes), 0)
-        place = Reservation(
-            fd, fill, path, self._map.data[start : start + nbytes], self._layout_lock
-        )
-        try:
+        with contextlib.ExitStack() as undo:
+            with self._layout_lock():
+                start = self._clear(room)
+                if start is None:
+                    return None
+                fd = os.open(fill, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                view = self._map.data[start : start + nbytes]
+                place = Reservation(fd, fill, path, view, self._layout_lock)
+                undo.callback(place.release)
+                take(fd)
+                os.pwrite(fd, entry(start, nbytes), 0)
             self._commit(start, room)
-        except BaseException:
-            place.release()
-            raise
+            undo.pop_all()
         return place
 
     def resident(self) -> dict[str, int]:
@@ -319,11 +317,13 @@ def _join(folder: Path, size: int) -> tuple[int, int]:
             if not alone:
                 fcntl.flock(fd, fcntl.LOCK_SH)
             if is_same(fd, folder / "users"):
-                found = _make(folder, size) if alone else (folder / ARENA).stat().st_size
+                if alone:
+                    _make(folder, size)
                 fcntl.flock(fd, fcntl.LOCK_SH)
-                # Between the two locks somebody may have thought it abandoned.
+                # Between the two locks somebody may have thought it abandoned, and removed it, or
+                # made it of another size.
                 if is_same(fd, folder / "users"):
-                    return fd, found
+                    return fd, (folder / ARENA).stat().st_size
         except FileNotFoundError:
             pass
         except BaseException:
@@ -332,7 +332,7 @@ def _join(folder: Path, size: int) -> tuple[int, int]:
         os.close(fd)
 
 
-def _make(folder: Path, size: int) -> int:
+def _make(folder: Path, size: int) -> None:
     """The arena of a folder that nobody uses: the one of before, if its size is right."""
     path = folder / ARENA
     (folder / _LOCKS).mkdir(exist_ok=True)
@@ -342,7 +342,6 @@ def _make(folder: Path, size: int) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(fd, size)
         os.close(fd)
-    return size
 
 
 def _remove_ended(mine: Path) -> None:

@@ -163,7 +163,7 @@ class HostTier:
         """A place for a pack in memory, None if it has none."""
         try:
             return self._arena.reserve(key, nbytes)
-        except LocalDiskError as error:
+        except (LocalDiskError, OSError) as error:
             logger.warning("%s. The pack is used from the disk", error)
             return None
 

@@ -45,6 +45,10 @@ DELETE_THREADS = 8
 PART_BYTES = 8 << 20
 PART_THREADS = 4
 CHUNK_BYTES = 1 << 20  # of a range, taken from the connection at a time
+_HEADERS = {
+    "ServerSideEncryption": "x-amz-server-side-encryption",
+    "SSEKMSKeyId": "x-amz-server-side-encryption-aws-kms-key-id",
+}
 
 _session_lock = threading.Lock()  # sessions, unlike clients, belong to one thread at a time
 
@@ -70,9 +74,11 @@ class ObjectStore:
         endpoint: of an S3-compatible server; None: AWS.
         access_key, secret_key: None: boto3's own search (environment, profile, instance role, web
             identity).
-        kms_key: id or ARN of the KMS key that objects are encrypted with (SSE-KMS). What others
-            put by a presigned URL gets the bucket's own default encryption.
+        kms_key: id or ARN of the KMS key that objects are encrypted with (SSE-KMS).
         attempts: of one request.
+
+    Attributes:
+        put_headers: what a PUT to a URL of `presign_put` must carry: the encryption. Often none.
     """
 
     def __init__(
@@ -97,6 +103,7 @@ class ObjectStore:
         self._encryption: dict[str, str] = (
             {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key} if kms_key else {}
         )
+        self.put_headers = {_HEADERS[name]: value for name, value in self._encryption.items()}
         self._client: Any = _make_client(
             endpoint_url=endpoint,
             aws_access_key_id=access_key,
@@ -279,7 +286,7 @@ class ObjectStore:
     def presign_put(
         self, key: str, max_bytes: int, expires_s: int, *, nbytes: int | None = None
     ) -> str:
-        """A URL that lets its holder PUT this one object.
+        """A URL that lets its holder PUT this one object, with `put_headers`.
 
         Args:
             max_bytes: what may be uploaded. S3 can't hold a PUT to a bound: give `nbytes`, or
@@ -289,7 +296,11 @@ class ObjectStore:
         Raises:
             LimitExceeded: `nbytes` is more than `max_bytes`.
         """
-        parameters: dict[str, Any] = {"Bucket": self.bucket, "Key": self._prefix + key}
+        parameters: dict[str, Any] = {
+            "Bucket": self.bucket,
+            "Key": self._prefix + key,
+            **self._encryption,
+        }
         if nbytes is not None:
             if nbytes > max_bytes:
                 raise LimitExceeded(

@@ -100,9 +100,9 @@ class Partial:
     def finish(self, path: Path) -> None:
         """Gives the file, flushed, its name."""
         flush(self.path)
+        self._journal.unlink(missing_ok=True)  # first: nobody would find it alone
         self.path.rename(path)
         flush(path.parent)
-        self._journal.unlink(missing_ok=True)
 
 
 class PackDownload:

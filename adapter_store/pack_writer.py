@@ -14,6 +14,7 @@ import numpy as np
 
 from .canonical import NUMPY_DTYPES, CanonicalAdapter, CanonicalLayer, ExpertFactors, to_dtype
 from .digest import adapter_digest
+from .errors import AdapterRefused
 from .pack import layer_to_json
 from .pack_layout import (
     BLOCK_BYTES,
@@ -42,6 +43,9 @@ def write_pack(
 
     Returns:
         The file's size in bytes.
+
+    Raises:
+        AdapterRefused: no projection has a rank above 0, so there is nothing to serve.
     """
     path = Path(path)
     base = adapter.base
@@ -53,6 +57,12 @@ def write_pack(
         spans = lay_out(pack_layer, geometry, at)
         entries.append(layer_to_json(pack_layer, spans))
         at = spans.cut[1]
+    if at == 0:
+        raise AdapterRefused(
+            "empty_adapter",
+            "the adapter changes nothing: it has no layers, or all of its ranks are 0; train it "
+            "with r of 1 or more",
+        )
     header = {
         "digest": digest or adapter_digest(adapter),
         "base_fingerprint": base.fingerprint,

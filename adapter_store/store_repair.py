@@ -32,6 +32,7 @@ def plan_repairs(
     *,
     can_remake: bool,
     older_than_s: float = OLDER_THAN_S,
+    urls_live_s: float = 0.0,
     now: datetime | None = None,
 ) -> list[Repair]:
     """Decides on each finding. Pure but for the default of `now`.
@@ -40,6 +41,7 @@ def plan_repairs(
         can_remake: the base model is there, which packs are made for.
         older_than_s: age in seconds from which on an orphan or an upload counts as left behind;
             what is younger may belong to a publish that is under way.
+        urls_live_s: how much older uploads must be: the life of the URLs that are handed out.
     """
     now = now or datetime.now(UTC)
     findings = list(findings)
@@ -58,9 +60,10 @@ def plan_repairs(
             return Repair(f, "remake")
         if f.kind in ("orphan_blob", "abandoned_upload"):
             assert f.modified is not None
-            if (now - f.modified).total_seconds() > older_than_s:
+            least_s = older_than_s + (urls_live_s if f.kind == "abandoned_upload" else 0.0)
+            if (now - f.modified).total_seconds() > least_s:
                 return Repair(f, "remove")
-            return Repair(f, "leave", f"younger than {older_than_s / 3600:g} h: may be in use")
+            return Repair(f, "leave", f"younger than {least_s / 3600:g} h: may be in use")
         if f.kind == "half_deleted":
             return Repair(f, "remove")
         if f.kind in ("missing_source", "damaged_source"):

@@ -11,7 +11,7 @@ from .catalogue import Catalogue
 from .errors import TenantNotFound
 from .object_store import ObjectStore
 
-# Longer than any upload's URL lives and any ingest takes: what is younger may be in use.
+# Longer than any upload or ingest takes: what is younger may be in use.
 OLDER_THAN_S = 24 * 3600.0
 
 
@@ -29,23 +29,27 @@ def sweep(
     catalogue: Catalogue,
     older_than_s: float = OLDER_THAN_S,
     now: datetime | None = None,
+    urls_live_s: float = 0.0,
 ) -> SweepReport:
     """Removes uploads in quarantine and blobs that no catalogue names, and ends broken deletions.
 
     Args:
         older_than_s: age from which on an upload or a blob counts as left behind, in seconds.
         now: the time to count from.
+        urls_live_s: how much later than an upload's first file its second may come: the life of
+            the URLs that are handed out.
     """
     now = now or datetime.now(UTC)
 
-    def is_old(modified: datetime) -> bool:
-        return (now - modified).total_seconds() > older_than_s
+    def is_old(modified: datetime, least_s: float = older_than_s) -> bool:
+        return (now - modified).total_seconds() > least_s
 
     newest: dict[tuple[str, ...], datetime] = {}
     for item in store.list(layout.QUARANTINE):
         upload = tuple(item.key.split("/")[1:3])
         newest[upload] = max(newest.get(upload, item.modified), item.modified)
-    old_uploads = [upload for upload, modified in newest.items() if is_old(modified)]
+    abandoned_s = older_than_s + urls_live_s
+    old_uploads = [each for each, modified in newest.items() if is_old(modified, abandoned_s)]
     for tenant_id, upload_id in old_uploads:
         store.delete_all(
             [o.key for o in store.list(layout.quarantine_folder(tenant_id, upload_id))]

@@ -100,7 +100,8 @@ class Client:
         begun = self.call("POST", "/v1/adapters/uploads", json=body)
         path = f"/v1/adapters/uploads/{begun['upload_id']}"
         for part, file in (("config", config), ("weights", weights)):
-            _put(begun["urls"][part], file, progress if part == "weights" else None)
+            reports = progress if part == "weights" else None
+            _put(begun["urls"][part], begun.get("headers", {}), file, reports)
         self.call("POST", f"{path}/complete")
         while True:
             record = self.call("GET", path)
@@ -138,7 +139,7 @@ class _Reporting:
         return self._file.fileno()
 
 
-def _put(url: str, path: Path, progress: Progress | None) -> None:
+def _put(url: str, headers: dict[str, str], path: Path, progress: Progress | None) -> None:
     size = path.stat().st_size
 
     def chunks() -> Iterator[bytes]:
@@ -151,7 +152,7 @@ def _put(url: str, path: Path, progress: Progress | None) -> None:
         response = httpx.put(
             url,
             content=chunks(),
-            headers={"content-length": str(size)},
+            headers={**headers, "content-length": str(size)},
             timeout=_TIMEOUT,
             trust_env=not _is_local(url),
         )

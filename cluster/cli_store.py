@@ -117,7 +117,10 @@ def repair(
         catalogue = Catalogue(opened)
         found = check_store(opened, catalogue, settings.scratch_dir, base)
         repairs = plan_repairs(
-            found, can_remake=base is not None, older_than_s=older_than_hours * 3600
+            found,
+            can_remake=base is not None,
+            older_than_s=older_than_hours * 3600,
+            urls_live_s=settings.presigned_expires_s,
         )
         if apply:
             scratch = settings.scratch_dir

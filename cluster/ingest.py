@@ -60,8 +60,12 @@ class IngestWorker:
         )
         self.registry = new_registry()
         self._metrics = IngestMetrics(self.registry)
-        sweeper = threading.Thread(target=sweep_forever, args=(store,), name="sweep", daemon=True)
-        sweeper.start()
+        threading.Thread(
+            target=sweep_forever,
+            args=(store, settings.presigned_expires_s),
+            name="sweep",
+            daemon=True,
+        ).start()
 
     def ingest(self, tenant_id: str, name: str, upload_id: str) -> Result:
         """The published version's fields, or why there is none.
@@ -90,14 +94,19 @@ class IngestWorker:
         finish_upload(self._uploads, tenant_id, name, upload_id, result)
 
 
-def sweep_forever(store: ObjectStore) -> None:
-    """Removes what crashes and abandoned uploads left behind, every hour."""
+def sweep_forever(store: ObjectStore, urls_live_s: float) -> None:
+    """Removes what crashes and abandoned uploads left behind, every hour.
+
+    Args:
+        urls_live_s: of uploads.
+    """
     while True:
         time.sleep(_SWEEP_EVERY_S)
         try:
-            logger.info("swept the store: %s", sweep(store, Catalogue(store)))
-        except AdapterStoreError as error:
-            logger.warning("the store wasn't swept, the next try is in an hour: %s", error)
+            report = sweep(store, Catalogue(store), urls_live_s=urls_live_s)
+            logger.info("swept the store: %s", report)
+        except Exception as error:  # or nothing would ever be swept again
+            logger.warning("the store wasn't swept, the next try is in an hour: %r", error)
 
 
 class IngestActor(IngestWorker):

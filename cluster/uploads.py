@@ -97,6 +97,11 @@ class Uploads:
         create_document(self._store, _key(tenant_id, record.upload_id), record)
         return record, urls
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a PUT to one of the URLs must carry."""
+        return self._signer.put_headers
+
     def get(self, tenant_id: str, upload_id: str) -> UploadRecord:
         """Raises NotFound."""
         return read_document(self._store, _checked_key(tenant_id, upload_id), UploadRecord)

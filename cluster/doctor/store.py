@@ -121,7 +121,7 @@ def _ranges(store: ObjectStore, key: str, data: bytes) -> Check:
 
 def _presigned(store: ObjectStore, key: str) -> Check:
     url = store.presign_put(key, 100, 60)
-    request = urllib.request.Request(url, b"presigned", method="PUT")
+    request = urllib.request.Request(url, b"presigned", store.put_headers, method="PUT")
     try:
         with urllib.request.urlopen(request, timeout=20):
             pass

@@ -60,12 +60,14 @@ def presigned_router(deps: GatewayDeps, resolver: ModelResolver) -> APIRouter:
 
     @router.post("/v1/adapters/uploads", status_code=201, summary="Begin a large upload")
     async def begin(request: Request, body: UploadBody) -> Response:
+        """PUT the two files to the `urls`, each with all of `headers`; then complete the upload."""
         caller: Caller = request.state.caller
         await check_new_name(deps, resolver, caller, body.name)
         record, urls = await deps.in_thread(
             deps.uploads.create, caller.tenant_id, body.name, body.weights_bytes
         )
-        return JsonResponse({**record_body(record), "urls": urls}, status_code=201)
+        begun = {**record_body(record), "urls": urls, "headers": deps.uploads.headers}
+        return JsonResponse(begun, status_code=201)
 
     @router.get("/v1/adapters/uploads/{upload_id}", summary="How an upload stands")
     async def status(request: Request, upload_id: str) -> Response:

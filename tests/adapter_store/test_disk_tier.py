@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from loraplex.adapter_store import (
@@ -403,6 +405,20 @@ def test_a_partial_file_makes_room_before_a_pack_does(
     assert set(tier.resident()) == {f"{TENANT}/{a}", f"{TENANT}/{c}"}
 
 
+def test_a_clock_that_was_set_back_keeps_no_partial_file(
+    store: ObjectStore, faulty: FaultyStore, folder: Path
+) -> None:
+    a, b = (store_pack(store, folder / "made", n, mib=1) for n in range(2))
+    tier = DiskTier(folder, faulty, int(1.5 * MIB))
+    faulty.fail = lambda action, key: a in key and action == "download"
+    with pytest.raises(StoreUnavailable):
+        tier.ensure(TENANT, a)
+    for path in hidden(folder):
+        os.utime(path, (time.time() + 90000, time.time() + 90000))
+    tier.ensure(TENANT, b)
+    assert hidden(folder) == []
+
+
 @pytest.mark.parametrize("to", ["the same key", "another key"])
 def test_parts_of_two_objects_never_mix(
     store: ObjectStore,
@@ -449,6 +465,34 @@ def test_a_full_disk_is_an_error_with_the_sizes(
             tier.ensure(TENANT, digest)
     assert hidden(folder) == []
     assert tier.ensure(TENANT, digest)[1] == "s3"
+
+
+def test_on_a_disk_that_others_fill_packs_make_room_for_packs(
+    store: ObjectStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = [store_pack(store, folder / "made", n, mib=1) for n in range(5)]
+    tier = DiskTier(folder, store, 1 << 30)
+    size, real = int(3.5 * MIB), os.posix_fallocate
+
+    def free() -> int:
+        return size - sum(path.stat().st_size for path in (folder / TENANT).iterdir())
+
+    def allocate(fd: int, offset: int, nbytes: int) -> None:
+        if nbytes > free():
+            raise OSError(28, "No space left on device")
+        real(fd, offset, nbytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free()))
+    for digest in digests:
+        tier.ensure(TENANT, digest)
+    assert set(tier.resident()) == {f"{TENANT}/{digest}" for digest in digests[2:]}
+    assert set(tier._verified) == set(tier.resident())  # nothing is kept of who has gone
+    size -= 3 * MIB
+    for _ in range(2):  # and when nothing helps, it is said at once
+        with pytest.raises(LocalDiskError, match="the disk is full"):
+            tier.ensure(TENANT, digests[0])
+    assert hidden(folder) == []
 
 
 def test_a_small_pack_waits_for_no_large_one(

@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -96,8 +97,9 @@ def test_files_of_all_sizes(store: ObjectStore, tmp_path: Path, nbytes: int) -> 
     assert (tmp_path / "down").read_bytes() == data
 
 
-def put_to(url: str, data: bytes) -> int:
-    request = urllib.request.Request(url, data=data, method="PUT", headers={"content-type": ""})
+def put_to(url: str, data: bytes, headers: Mapping[str, str] = {}) -> int:
+    headers = {"content-type": "", **headers}
+    request = urllib.request.Request(url, data=data, method="PUT", headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return answer.status
@@ -120,6 +122,23 @@ def test_presigned_urls_can_demand_a_length(store: ObjectStore) -> None:
     assert put_to(url, b"five!") == 200
     with pytest.raises(LimitExceeded, match="1001 bytes"):
         store.presign_put("up", 1000, 60, nbytes=1001)
+
+
+def test_a_presigned_url_demands_the_encryption_of_all_other_writes(s3_server: EmbeddedS3) -> None:
+    keys = {"access_key": s3_server.access_key, "secret_key": s3_server.secret_key}
+    store = ObjectStore(s3_server.url, endpoint=s3_server.endpoint, kms_key="a-key", **keys)
+    assert store.put_headers == {
+        "x-amz-server-side-encryption": "aws:kms",
+        "x-amz-server-side-encryption-aws-kms-key-id": "a-key",
+    }
+    url = store.presign_put("up", 1000, 60)
+    assert put_to(url, b"hello") == 403
+    assert (
+        put_to(url, b"hello", {**store.put_headers, next(iter(store.put_headers)): "AES256"}) == 403
+    )
+    # The embedded server has no keys to encrypt with, but the signature is right.
+    assert put_to(url, b"hello", store.put_headers) != 403
+    assert ObjectStore(s3_server.url, endpoint=s3_server.endpoint, **keys).put_headers == {}
 
 
 def test_presigned_urls_expire(store: ObjectStore) -> None:

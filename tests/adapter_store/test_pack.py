@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loraplex.adapter_store import (
+    AdapterRefused,
     CanonicalAdapter,
     CanonicalLayer,
     Pack,
@@ -280,6 +281,16 @@ def test_another_version_asks_to_be_remade(packed: Path) -> None:
 def test_what_isnt_there_is_refused(packed: Path, ask: Any, message: str) -> None:
     with pytest.raises(PackLayoutError, match=message):
         ask(Pack.open(packed))
+
+
+@pytest.mark.parametrize(
+    "what", [{"dense": {}, "experts": ()}, {"dense": {}, "experts": {0: (0, 0, 0)}}, {"layers": ()}]
+)
+def test_an_adapter_of_nothing_makes_no_pack(tmp_path: Path, what: dict[str, Any]) -> None:
+    adapter = random_canonical(tiny_base_model(), 1, **what)
+    with pytest.raises(AdapterRefused, match="changes nothing"):
+        write_pack(tmp_path / "pack", adapter)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_write_leaves_the_old_pack(packed: Path) -> None:

@@ -27,7 +27,9 @@ from loraplex.adapter_store import (
     TenantNotFound,
     UploadNotFound,
     UploadSizes,
+    check_store,
     make_pack,
+    plan_repairs,
     quarantine_keys,
     sweep,
 )
@@ -356,6 +358,28 @@ def test_the_sweep_takes_only_what_is_old_and_unnamed(service: Service) -> None:
     report = sweep(service.store, service.catalogue, now=datetime.now(UTC) + 2 * DAY)
     assert (report.uploads, report.blobs, report.tenants) == (2, 3, 0)
     assert service.keys() == kept
+
+
+def test_the_sweep_waits_for_the_second_file_for_as_long_as_its_url_lives(
+    service: Service, tmp_path: Path
+) -> None:
+    key = f"quarantine/{service.tenant_id}/up/adapter_config.json"
+    service.store.put(key, b"{}")
+    begun, week = datetime.now(UTC), 7 * DAY
+
+    def after(age: timedelta, live: timedelta) -> int:
+        seconds = live.total_seconds()
+        return sweep(service.store, service.catalogue, urls_live_s=seconds, now=begun + age).uploads
+
+    assert after(week + DAY / 2, week) == 0
+    [finding] = check_store(service.store, service.catalogue, tmp_path)
+    plans = [
+        plan_repairs([finding], can_remake=False, urls_live_s=live, now=begun + 2 * DAY)[0].plan
+        for live in (0.0, week.total_seconds())
+    ]
+    assert plans == ["remove", "leave"]
+    assert after(week + 2 * DAY, week) == 1
+    assert not service.keys("quarantine/")
 
 
 def test_a_damaged_pack_is_made_anew_from_its_source(service: Service, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from loraplex.adapter_store import (
 
 class MemoryStore:
     def __init__(self) -> None:
+        self.put_headers: dict[str, str] = {}
         self.objects: dict[str, bytes] = {}
         self.up = True
         self.reads: list[str] = []

@@ -221,7 +221,7 @@ def test_large_weights_go_to_the_store_and_the_result_is_awaited(
     monkeypatch.setattr("loraplex.cluster.cli_client._POLL_S", 0.01)
     urls = {part: f"{service.url}/bucket/{part}" for part in ("config", "weights")}
     path = "/v1/adapters/uploads"
-    service.on("POST", path, (201, {"upload_id": "u1", "urls": urls}))
+    service.on("POST", path, (201, {"upload_id": "u1", "urls": urls, "headers": {"x-kept": "so"}}))
     service.on("PUT", "/bucket/config", (200, None))
     service.on("PUT", "/bucket/weights", (200, None))
     service.on("POST", f"{path}/u1/complete", (202, {}))
@@ -239,6 +239,7 @@ def test_large_weights_go_to_the_store_and_the_result_is_awaited(
     bodies = {r[1]: r for r in service.requests if r[0] == "PUT"}
     assert bodies["/bucket/weights"][3] == b"weights" * 1000
     assert "authorization" not in bodies["/bucket/weights"][2]  # the URL is the permission
+    assert {request[2]["x-kept"] for request in bodies.values()} == {"so"}
 
     refused = {"status": "refused", "error": {"message": "NaN in q_proj", "code": "not_finite"}}
     service.on("GET", f"{path}/u1", (200, refused))

@@ -400,7 +400,7 @@ async def test_the_presigned_way_on_a_real_store(store: ObjectStore):
         tenant, other = bench.tenant("acme"), bench.tenant("globex")
         async with bench.client(tenant.key) as client, httpx.AsyncClient() as outside:
             begun = (await client.post("/v1/adapters/uploads", json={"name": "big"})).json()
-            assert begun["status"] == "waiting"
+            assert (begun["status"], begun["headers"]) == ("waiting", {})
             path = f"/v1/adapters/uploads/{begun['upload_id']}"
             early = await client.post(f"{path}/complete")
             assert code_of(early, 409) == "upload_incomplete"

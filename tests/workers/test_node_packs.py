@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import wait
 
 from loraplex.workers.pool.node_packs import NodePacks, PackLister
 
@@ -42,4 +43,38 @@ def test_a_listing_is_for_the_next_who_asks_and_never_waited_for():
     lister._coming.result()
     assert lister.latest([]) == NodePacks({"t/a": 1, "t/b": 2}, {}, ())
     node.go.release()
+    lister.close()
+
+
+class Broken:
+    """Can't list now and then."""
+
+    def __init__(self) -> None:
+        self.works = True
+
+    def resident(self) -> dict[str, int]:
+        if not self.works:
+            raise OSError(24, "Too many open files")
+        return {"t/a": 1}
+
+    def host_resident(self) -> dict[str, int]:
+        return {}
+
+
+def test_a_listing_that_fails_leaves_the_one_before_and_the_next_may_work():
+    node = Broken()
+    lister = PackLister(node)  # pyright: ignore[reportArgumentType]
+
+    def next_one() -> NodePacks:
+        assert lister._coming is not None
+        wait([lister._coming])
+        return lister.latest(["t/b"])
+
+    first = lister.latest([])
+    node.works = False
+    for _ in range(3):
+        assert next_one() == first
+    node.works = True
+    next_one()  # the last one that failed
+    assert next_one().loading == ("t/b",)
     lister.close()

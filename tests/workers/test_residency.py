@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,50 @@ def test_what_a_queued_request_wants_doesnt_drive_out_what_others_wait_for(make_
     assert node.resident() == {first.key}
     node.residency.release(node.hold(first))
     node.until(lambda: node.resident() == {second.key})
+
+
+def test_tenants_take_turns_in_the_pool_whoever_asked_first(make_node):
+    """One asks for more than there is room for, then others for one each."""
+    node = make_node(12)
+    many = [node.adapter(2) for _ in range(6)]
+    few = [replace(node.adapter(2), tenant_id=f"few-{n}") for n in range(2)]
+    for ref in few:
+        node.packs.paths[ref.key] = node.packs.paths[f"{TENANT}/{ref.digest}"]
+    assert {pages_of(node, ref) for ref in [*many, *few]} == {3}
+    for ref in [*many, *few]:
+        node.residency.want(ref)
+    node.until(lambda: not node.residency.loading and len(node.resident()) == 4)
+    assert {ref.key for ref in few} < node.resident()
+
+
+def test_what_nobody_waits_for_any_more_is_not_kept_open(make_node):
+    """An open pack stays in the node's memory, whoever else needs the room."""
+    node = make_node(3)
+    slot, waiting = node.hold(node.adapter(2)), node.adapter(2)
+    residency = node.residency
+    for requests, desired in ((True, False), (False, True), (True, True)):
+        if requests:
+            residency.want(waiting)
+        residency.set_desired([waiting] * desired)
+        node.until(lambda: residency._opener.has(waiting.key) and not residency.loading)
+        if requests:
+            residency.give_up(waiting.key)
+        assert residency._opener.has(waiting.key) == desired
+        residency.set_desired([])
+        assert not residency._opener.has(waiting.key)
+        assert not residency._fetcher._futures
+    residency.release(slot)
+
+
+def test_what_came_for_a_request_that_has_gone_leaves_like_any_other(make_node):
+    node = make_node(6)
+    used, gone, other = (node.adapter(2) for _ in range(3))
+    node.residency.want(gone)
+    node.until(lambda: node.resident() == {gone.key})
+    node.residency.give_up(gone.key)
+    node.residency.release(node.hold(used))
+    node.residency.want(other)
+    node.until(lambda: node.resident() == {used.key, other.key})
 
 
 def test_a_prefetch_that_failed_is_tried_again_after_a_while(make_node):

@@ -69,8 +69,8 @@ class HostKeeper:
                 if told:
                     self._source.keep_packs(kept)
                 self._bring_missing(kept)
-            except (AdapterStoreError, OSError) as error:
-                log.warning("packs can't be kept in this node's memory: %s", error)
+            except Exception as error:  # or nothing would ever be kept again
+                log.warning("packs can't be kept in this node's memory: %r", error)
             with self._changed:
                 self._changed.wait_for(lambda: self._told or not self._kept, _LOOK_S)
 

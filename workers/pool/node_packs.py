@@ -5,11 +5,14 @@ Thousands of packs take tens of milliseconds to list: several steps' time.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from .packs import PackSource
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ class PackLister:
             loading: keys that are on their way now.
         """
         if self._coming is None or self._coming.done():
-            if self._coming is not None:
+            if self._coming is not None and (error := self._coming.exception()) is not None:
+                log.warning("this node's packs can't be listed, those of before stand: %s", error)
+            elif self._coming is not None:
                 self._held = self._coming.result()
             self._coming = self._thread.submit(self._list, tuple(loading))
         return self._held

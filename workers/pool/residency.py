@@ -20,7 +20,7 @@ from ..step import SlotChange
 from .adapter_pool import AdapterPool
 from .early_start import Speeds
 from .load_counts import LoadCounts
-from .packs import HANDOVER_S, Fetched, PackFetcher, close_later
+from .packs import HANDOVER_S, Fetched, PackFetcher, Turns, close_later
 from .packs_opened import OpenedPack, PackOpener
 from .residents import Resident, Residents
 
@@ -54,6 +54,7 @@ class Residency:
         self._fingerprint, self._time = base_fingerprint, clock
         self._residents = Residents(pool)
         self._wanted: dict[str, AdapterRef] = {}  # of queued requests; oldest first
+        self._turns = Turns()
         self._desired: dict[str, AdapterRef] = {}
         self._failed: dict[str, BaseException] = {}  # loads that a request waits for
         self._refused: dict[str, float] = {}  # prefetches that failed, and when to try again
@@ -134,12 +135,17 @@ class Residency:
     def give_up(self, key: str) -> None:
         """No request waits for the adapter any more; what the controller desires goes on."""
         self._wanted.pop(key, None)
+        self._failed.pop(key, None)
+        if (resident := self._residents.by_key.get(key)) is not None:
+            resident.fresh = False
         if key not in self._desired:
-            self._fetcher.give_up(key)
+            self._forget_pack(key)
 
     def set_desired(self, refs: Iterable[AdapterRef]) -> None:
         """The controller's advice: fetch and load these when there is room, keep them longest."""
-        self._desired = {r.key: r for r in refs}
+        before, self._desired = self._desired, {r.key: r for r in refs}
+        for key in before.keys() - self._desired.keys() - self._wanted.keys():
+            self._forget_pack(key)
         self._refused = {k: at for k, at in self._refused.items() if k in self._desired}
 
     def settle(self) -> None:
@@ -163,9 +169,10 @@ class Residency:
 
     def prefetch(self) -> None:
         """Starts to load at most one adapter that a queued request waits for or that is desired;
-        evicts only what nobody wants."""
+        evicts only what nobody wants. Tenants with queued requests take turns."""
         blocked = self._blocked()
-        for key, ref in [*self._wanted.items(), *self._desired.items()]:
+        for ref in [*self._turns.order(self._wanted.values()), *self._desired.values()]:
+            key = ref.key
             if key in self._residents.by_key or self._fetcher.failed(ref):
                 self._wanted.pop(key, None)  # who waits for it is told when it asks
             if key in self._residents.by_key or key in blocked:
@@ -175,7 +182,9 @@ class Residency:
             spare = [r for r in idle if r.ref.key not in self._desired and not r.fresh]
             try:
                 self._bring_in(ref, evict=spare, fresh=wanted)
-                self._wanted.pop(key, None)
+                if wanted:
+                    self._turns.take(ref.tenant_id)
+                    del self._wanted[key]
                 return
             except Waiting as wait:
                 if wait.for_room:
@@ -245,6 +254,11 @@ class Residency:
 
     def close(self) -> None:
         self._opener.close()
+
+    def _forget_pack(self, key: str) -> None:
+        """Nobody waits for the pack: it must not stay open, which would keep it in memory."""
+        self._fetcher.give_up(key)
+        self._opener.forget(key)
 
     def _blocked(self) -> set[str]:
         """Whom `prefetch` can do nothing for now."""
