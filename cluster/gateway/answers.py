@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MAX_PARAM_CHARS = 200  # names within a body may be as long as the body
+
 
 class JsonResponse(Response):
     """JSON without escapes for other scripts; never NaN."""
@@ -76,7 +78,7 @@ def from_validation(error: RequestValidationError) -> ApiError:
     root = _path(first["loc"])
     paths = [_path(item["loc"]) for item in errors]
     best = max((p for p in paths if p[: len(root)] == root), key=len)
-    param = ".".join(best) or None
+    param = ".".join(best)[:_MAX_PARAM_CHARS] or None
     if first["type"] == "missing":
         if param is None:
             return ApiError(400, "missing_body", "a JSON body is needed")

@@ -88,7 +88,7 @@ async def encode(
     """Raises ApiError 400 for text that isn't Unicode, or that can't fit the context."""
     most_chars = deps.tokenizer.chars_per_token
     if most_chars is not None and len(text) > deps.max_context * most_chars:
-        raise _too_long(deps, f"{len(text)} characters, which are more tokens than that", param)
+        raise too_long(deps, f"{len(text)} characters, which are more tokens than that", param)
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
@@ -151,7 +151,7 @@ async def prepare(
                     ),
                 )
             )
-    await check(deps, plan.sampling.grammar)
+    await check(deps, plan.sampling.grammar, plan.grammar_param)
     reservation = await reserve(deps, caller, estimate)
     return Work(
         caller=caller,
@@ -180,10 +180,10 @@ def _room(deps: GatewayDeps, plan: Plan, prompt_tokens: int, param: str) -> int:
     if rest >= (wanted or 1):
         return wanted or rest
     asked = f" and {wanted} for the answer" if wanted else ""
-    raise _too_long(deps, f"{prompt_tokens}{asked}", param)
+    raise too_long(deps, f"{prompt_tokens}{asked}", param)
 
 
-def _too_long(deps: GatewayDeps, size: str, param: str) -> ApiError:
+def too_long(deps: GatewayDeps, size: str, param: str) -> ApiError:
     return ApiError(
         400,
         "context_length_exceeded",

@@ -371,7 +371,7 @@ BAD_REQUESTS = [
         "invalid_grammar",
         "structured_outputs",
     ),
-    ({"structured_outputs": {"json": "{"}}, "invalid_grammar", "response_format"),
+    ({"structured_outputs": {"json": "{"}}, "invalid_grammar", "structured_outputs"),
     ({"guided_json": {"type": "object"}}, "unsupported_parameter", "guided_json"),
     ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
     ({"best_of": 3}, "unsupported_parameter", "best_of"),

@@ -1,0 +1,112 @@
+"""Requests that are made to hurt: they get a clear error, and others don't feel them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from loraplex.cluster.errors import ApiError
+from loraplex.cluster.gateway.chat_template import ChatTemplate
+from loraplex.cluster.gateway.schemas import ChatBody, CompletionBody
+from pydantic import ValidationError
+
+from tests.cluster.gateway_fakes import BASE, Bench, make_bench
+from tests.cluster.gateway_store import MemoryStore
+
+MANY = 50_000
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    made = make_bench(MemoryStore())
+    async with made.app.router.lifespan_context(made.app):
+        yield made
+
+
+async def post(bench: Bench, key: str, path: str, **body: Any) -> httpx.Response:
+    async with bench.client(key) as client:
+        return await client.post(f"/v1/{path}", json={"model": BASE, **body})
+
+
+USER = [{"role": "user", "content": "a fox"}]
+MANY_WRONG = [
+    (CompletionBody, {"prompt": [None] * MANY}),
+    (CompletionBody, {"prompt": ["a"] * MANY + [1]}),
+    (CompletionBody, {"prompt": [[None] * 100] * (MANY // 100)}),
+    (CompletionBody, {"prompt": "x", "stop": [1] * MANY}),
+    (CompletionBody, {"prompt": "x", "stop_token_ids": ["1"] * MANY}),
+    (ChatBody, {"messages": [1] * MANY}),
+    (ChatBody, {"messages": USER * MANY}),
+    (ChatBody, {"messages": [{"role": "user", "content": [1] * MANY}]}),
+    (ChatBody, {"messages": [{"role": "user", "content": [{str(i): 1 for i in range(MANY)}]}]}),
+    (ChatBody, {"messages": USER, "logit_bias": {str(i): "a" for i in range(MANY)}}),
+    (ChatBody, {"messages": USER, "response_format": {str(i): "a" for i in range(MANY)}}),
+    (ChatBody, {"messages": USER, "structured_outputs": {str(i): "a" for i in range(MANY)}}),
+    (ChatBody, {"messages": USER, "structured_outputs": {"choice": [1] * MANY}}),
+]
+
+
+@pytest.mark.parametrize(("kind", "body"), MANY_WRONG, ids=[str(b)[:60] for _, b in MANY_WRONG])
+def test_a_body_with_many_mistakes_makes_few_errors(kind, body):
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({"model": BASE, **body})
+    assert caught.value.error_count() <= 10
+
+
+async def test_the_first_of_many_mistakes_is_named(bench):
+    key = bench.tenant("acme").key
+    for path, body, param in (
+        ("completions", {"prompt": ["a", "b", 3, 4]}, "prompt.2"),
+        ("chat/completions", {"messages": [*USER, 1, 2]}, "messages.1"),
+        ("chat/completions", {"messages": USER, "logit_bias": {"5": 1, "6": 900}}, "logit_bias.6"),
+        ("chat/completions", {"messages": USER, "response_format": {"typ": 1}}, "response_format"),
+    ):
+        response = await post(bench, key, path, **body)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"].startswith(param)
+
+
+async def test_errors_stay_short_whatever_the_names_in_a_body(bench):
+    key, name = bench.tenant("acme").key, "x" * 100_000
+    for extra in (
+        {name: 1},
+        {"logit_bias": {name: "a"}},
+        {"logit_bias": {name: 1}},
+        {"response_format": {"type": "text", name: 1}},
+        {"chat_template_kwargs": {name: 1}, "messages": [{**USER[0], name: 1}]},
+        {"model": name},
+    ):
+        response = await post(bench, key, "chat/completions", **{"messages": USER, **extra})
+        assert response.status_code in (400, 404)
+        assert len(response.content) < 2000, response.text[:300]
+
+
+async def test_token_ids_beyond_the_context_are_neither_checked_nor_echoed(bench, monkeypatch):
+    key = bench.tenant("acme").key
+    decoded: list[int] = []
+    monkeypatch.setattr(
+        type(bench.deps.tokenizer), "decode", lambda self, ids, **kw: decoded.append(len(ids)) or ""
+    )
+    response = await post(bench, key, "completions", prompt=[7] * 100_000, echo=True)
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert decoded == []
+
+
+@pytest.mark.parametrize("form", [{"json": "{"}, {"json": {"type": "oops"}}, {"regex": "(a"}])
+async def test_the_field_that_gave_a_wrong_grammar_is_named(bench, form):
+    key = bench.tenant("acme").key
+    response = await post(bench, key, "completions", prompt="a", structured_outputs=form)
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_grammar", "structured_outputs")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ 1 // n }}", "{{ range(n * 10**9 + 10**9) | length }}", "{{ messages[n].x.y }}"],
+)
+def test_whatever_a_template_makes_of_its_variables_is_a_400(source):
+    with pytest.raises(ApiError) as caught:
+        ChatTemplate(source, {}).render(USER, n=0)
+    assert caught.value.status == 400
