@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 from loraplex.cluster.errors import ApiError
+from loraplex.cluster.gateway import completion
 from loraplex.cluster.gateway.chat_template import ChatTemplate
+from loraplex.cluster.gateway.completions import CompletionShape
 from loraplex.cluster.gateway.schemas import ChatBody, CompletionBody
 from pydantic import ValidationError
 
@@ -110,3 +113,41 @@ def test_whatever_a_template_makes_of_its_variables_is_a_400(source):
     with pytest.raises(ApiError) as caught:
         ChatTemplate(source, {}).render(USER, n=0)
     assert caught.value.status == 400
+
+
+async def test_the_logprobs_of_a_prompt_are_bounded(bench, monkeypatch):
+    key = bench.tenant("acme").key
+    monkeypatch.setattr(completion, "MAX_PROMPT_LOGPROBS", 60)
+    asked = {"prompt": [7] * 20, "max_tokens": 1}
+    for extra, param in (
+        ({"prompt_logprobs": 3}, "prompt_logprobs"),
+        ({"echo": True, "logprobs": 3}, "logprobs"),
+    ):
+        error = (await post(bench, key, "completions", **asked, **extra)).json()["error"]
+        assert (error["code"], error["param"]) == ("invalid_value", param)
+    assert bench.dispatcher.requests == []
+    response = await post(bench, key, "completions", **asked, prompt_logprobs=2, logprobs=5)
+    assert response.status_code == 200
+
+
+async def test_choices_are_written_one_by_one(bench, monkeypatch):
+    """The event loop turns between them."""
+    key = bench.tenant("acme").key
+    turns, seen = [0], []
+    whole = CompletionShape.whole
+
+    def watched(self: CompletionShape, events: Any) -> dict[str, Any]:
+        seen.append(turns[0])
+        return whole(self, events)
+
+    async def turn() -> None:
+        while True:
+            await asyncio.sleep(0)
+            turns[0] += 1
+
+    monkeypatch.setattr(CompletionShape, "whole", watched)
+    turning = asyncio.create_task(turn())
+    response = await post(bench, key, "completions", prompt=["a", "b"], n=3, logprobs=2)
+    turning.cancel()
+    assert len(set(seen)) == 6
+    assert [choice["index"] for choice in response.json()["choices"]] == [*range(6)]
