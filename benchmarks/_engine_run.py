@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _local_packs import LocalPacks
 from loraplex.workers import AdapterRef, Engine, EngineConfig, GenerationRequest, SamplingParams
-from loraplex.workers.pool.residency import _Resident
+from loraplex.workers.pool.residents import Resident
 
 TENANT = "bench"
 _STD = 0.02  # of the factors
@@ -65,27 +66,6 @@ TINY = Shape(
     rank=16, prompt=24, steps=14, batches=(1, 8), adapters=4, prefill=(4, 64),
     max_batch_tokens=256,
 )  # fmt: skip
-
-
-class _NoPacks:
-    """Adapters are written into the pool: nothing is ever fetched."""
-
-    def ensure(self, tenant_id: str, digest: str, wanted: object = None) -> tuple[Path, str]:
-        raise KeyError(digest)
-
-    def resident(self) -> dict[str, int]:
-        return {}
-
-    def host_resident(self) -> dict[str, int]:
-        return {}
-
-    host_bytes = 0
-
-    def keep_packs(self, keys: Iterable[str]) -> None:
-        pass
-
-    def remove(self, key: str) -> None:
-        pass
 
 
 @dataclass
@@ -160,11 +140,11 @@ class BenchEngine:
             overlap=overlap,
             cuda_graphs=graphs,
         )
-        self.engine = Engine(config, _NoPacks())
+        self.engine = Engine(config, LocalPacks())
         self.runner = self.engine._runner
         self.refs = [AdapterRef(TENANT, f"{i:064x}") for i in range(shape.adapters)]
         fill_pool(self.runner.pool, shape)
-        _make_resident(self.engine, self.refs)
+        _make_resident(self.engine, self.refs, shape.rank)
         self._forward, self._step = Spans(self.runner.device), Spans(self.runner.device)
         if self.runner.graphs is not None:
             captured = self.runner.graphs._graphs
@@ -271,12 +251,12 @@ def fill_pool(pool: Any, shape: Shape) -> None:
     pool.buffer[:place].normal_(0, _STD)
 
 
-def _make_resident(engine: Engine, refs: list[AdapterRef]) -> None:
+def _make_resident(engine: Engine, refs: list[AdapterRef], rank: int) -> None:
     residency = engine._residency
     for slot, ref in enumerate(refs):
-        resident = _Resident(ref, slot, nbytes=0, users=1)  # a user that never goes
-        residency._residents[ref.key] = residency._by_slot[slot] = resident
-        residency._free_slots.remove(slot)
+        # A user that never goes.
+        resident = Resident(ref, slot, nbytes=0, rank=rank, tier="host", fetch_s=0.0, users=1)
+        residency._residents.hold(resident)
 
 
 def _pool_bytes(shape: Shape) -> int:

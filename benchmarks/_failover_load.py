@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from collections import Counter
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from _sse import chunks
 
 TIMEOUT_S = 120.0
 OPENINGS = ("The day was", "In the beginning", "Tell me", "A ship", "My son,", "Once")
@@ -116,27 +116,20 @@ class Load:
             body = response.json()
             [choice], usage = body["choices"], body["usage"]
             return _answer(choice["text"], choice["finish_reason"], usage)
-        text, finish_reason, usage, done = "", "", None, False
+        text, finish_reason, usage = "", "", None
         async with self._client.stream(
             "POST", "/v1/completions", headers=headers, json=job.body
         ) as response:
             if response.is_error:
                 said = (await response.aread()).decode(errors="replace")
                 raise ValueError(f"status {response.status_code}: {said[:200]}")
-            async for line in response.aiter_lines():
-                data = line.removeprefix("data: ")
-                if data == "[DONE]":
-                    done = True
-                elif line.startswith("data: "):
-                    chunk = json.loads(data)
-                    if "error" in chunk:
-                        raise ValueError(f"in the stream: {chunk['error']}")
-                    for choice in chunk["choices"]:
-                        text += choice["text"]
-                        finish_reason = choice["finish_reason"] or finish_reason
-                    usage = chunk.get("usage") or usage
-        if not done or usage is None:
-            raise ValueError(f"the stream broke after {len(text)} characters")
+            async for chunk in chunks(response):
+                for choice in chunk["choices"]:
+                    text += choice["text"]
+                    finish_reason = choice["finish_reason"] or finish_reason
+                usage = chunk.get("usage") or usage
+        if usage is None:
+            raise ValueError(f"a stream of {len(text)} characters without its usage")
         return _answer(text, finish_reason, usage)
 
     async def run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 from _engine_run import Shape
+from _local_packs import LocalPacks
 from loraplex.adapter_store import (
     BaseModel,
     DenseTarget,
@@ -66,10 +67,11 @@ def write_random_pack(shape: Shape, path: Path) -> int:
     return write_pack(path, canonical_adapter(base, made), digest="0" * 64)
 
 
-class HostPacks:
+class HostPacks(LocalPacks):
     """One pack in host memory under as many names as are asked for."""
 
     def __init__(self, path: Path):
+        super().__init__()
         self._path = path
         self.pack = Pack.open(path, verify=False)
         self.pack.memory = self.pack.memory.copy()  # anonymous memory, which can be pinned
@@ -82,20 +84,6 @@ class HostPacks:
         if not path.exists():
             path.symlink_to(self._path)
         return path, "host"
-
-    def resident(self) -> dict[str, int]:
-        return {}
-
-    def host_resident(self) -> dict[str, int]:
-        return {}
-
-    host_bytes = 0
-
-    def keep_packs(self, keys: Iterable[str]) -> None:
-        pass
-
-    def remove(self, key: str) -> None:
-        pass
 
     @contextmanager
     def opened(self) -> Iterator[None]:

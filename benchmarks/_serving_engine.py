@@ -3,38 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
+from _local_packs import LocalPacks
 from _serving_load import NEW_TOKENS, DemoFacts, Round
 from loraplex.adapter_store import BaseModel, make_pack
 from loraplex.workers import AdapterRef, Engine, EngineConfig, GenerationRequest, SamplingParams
 
 _TENANT = "bench"
-
-
-class LocalPacks:
-    """Packs that are on this disk already."""
-
-    def __init__(self, paths: dict[str, Path]):
-        self._paths = paths
-
-    def ensure(self, tenant_id: str, digest: str, wanted: object = None) -> tuple[Path, str]:
-        return self._paths[f"{tenant_id}/{digest}"], "disk"
-
-    def resident(self) -> dict[str, int]:
-        return {key: path.stat().st_size for key, path in self._paths.items()}
-
-    def host_resident(self) -> dict[str, int]:
-        return {}
-
-    host_bytes = 0
-
-    def keep_packs(self, keys: Iterable[str]) -> None:
-        pass
-
-    def remove(self, key: str) -> None:
-        self._paths.pop(key)
 
 
 class EngineAlone:

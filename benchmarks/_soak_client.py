@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import httpx
 from _soak_ledger import Ledger
+from _sse import chunks
 
 TIMEOUT_S = 120.0
 OPENINGS = ("The day was", "In the beginning", "Tell me", "A ship", "My son,", "Once")
@@ -82,28 +82,21 @@ class Client:
         headers = {"authorization": f"Bearer {asker.key}"}
         body |= {"model": asker.model, "stream": True, "stream_options": {"include_usage": True}}
         began = time.monotonic()
-        first, usage, reason, done = None, None, None, False
+        first, usage, reason = None, None, None
         async with self._http.stream("POST", route, headers=headers, json=body) as response:
             self.ledger.requests[route, str(response.status_code)] += 1
             if response.is_error:
                 await response.aread()
                 raise self._error(asker, response)
-            async for line in response.aiter_lines():
-                data = line.removeprefix("data: ")
-                if data == "[DONE]":
-                    done = True
-                elif line.startswith("data: "):
-                    chunk = json.loads(data)
-                    if "error" in chunk:
-                        raise ValueError(f"in the stream: {chunk['error']}")
-                    for choice in chunk["choices"]:
-                        reason = choice["finish_reason"] or reason
-                        said = choice.get("text") or choice.get("delta", {}).get("content")
-                        if first is None and said:
-                            first = time.monotonic() - began
-                    usage = chunk.get("usage") or usage
-        if not done or usage is None or first is None:
-            raise ValueError(f"a stream of {asker.model} broke")
+            async for chunk in chunks(response):
+                for choice in chunk["choices"]:
+                    reason = choice["finish_reason"] or reason
+                    said = choice.get("text") or choice.get("delta", {}).get("content")
+                    if first is None and said:
+                        first = time.monotonic() - began
+                usage = chunk.get("usage") or usage
+        if usage is None or first is None:
+            raise ValueError(f"a stream of {asker.model} without text or without its usage")
         self._first(asker, first)
         self.ledger.answered(asker.tenant, asker.adapter, usage)
         if (reason, usage["completion_tokens"]) != ("length", body["max_tokens"]):

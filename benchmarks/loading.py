@@ -27,12 +27,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from _engine_run import LARGE, TINY
 from _loading_node import HostPacks, LoadingEngine, write_random_pack
+from _moe_timing import kernels_of
 
 _ROUNDS = 7
 _WARM_STEPS = 8
@@ -43,6 +45,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU runs")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda, cpu with --tiny")
     parser.add_argument("--steps", type=int, help="decode steps of each kind")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a load, too")
     parser.add_argument("--out", type=Path, help="JSON of all figures")
     return parser.parse_args()
 
@@ -56,22 +59,22 @@ def timed(bench: LoadingEngine, work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def measure_copy(bench: LoadingEngine, pinned: bool) -> dict[str, Any]:
+def measure_copy(bench: LoadingEngine, pinned: bool, profile: bool) -> dict[str, Any]:
     pack, pool = bench.packs.pack, bench.pool
     slot = pool.max_slots - 1
     there = torch.empty(pack.nbytes, dtype=torch.uint8, device=pool.buffer.device)
     here = torch.from_numpy(pack.memory)
     layouts = pool.layouts(pack)
     raw, loads, on_device, row = [], [], [], []
+
+    def load() -> None:
+        started = pool.start_load(slot, pack, layouts)
+        started.wait()
+        started.done  # noqa: B018 - takes the time
+        on_device.append(started.seconds)
+
     for _ in range(_ROUNDS + 1):
         raw.append(timed(bench, lambda: there.copy_(here, non_blocking=True)))
-
-        def load() -> None:
-            started = pool.start_load(slot, pack, layouts)
-            started.wait()
-            started.done  # noqa: B018 - takes the time
-            on_device.append(started.seconds)
-
         loads.append(timed(bench, load))
         row.append(timed(bench, lambda: pool.show(slot)))
         pool.unload(slot)
@@ -93,10 +96,17 @@ def measure_copy(bench: LoadingEngine, pinned: bool) -> dict[str, Any]:
         f"{figures['share_of_raw']:.1%} of plain",
         flush=True,
     )
+    if profile:
+
+        def again() -> None:
+            load()
+            pool.unload(slot)
+
+        print(kernels_of(again, 2, 2), flush=True)
     return figures
 
 
-def measure_prefill(bench: LoadingEngine, load_ms: float) -> dict[str, Any]:
+def measure_prefill(bench: LoadingEngine, load_ms: float, profile: bool) -> dict[str, Any]:
     tokens = bench.shape.prefill[1]
     ref = bench.refs[0]
 
@@ -133,6 +143,9 @@ def measure_prefill(bench: LoadingEngine, load_ms: float) -> dict[str, Any]:
         f"memory {coming * 1e3:.2f} ms: {figures['ratio']:.2f} of the larger",
         flush=True,
     )
+    if profile:
+        for forget in (False, True):
+            print(kernels_of(partial(seconds, forget), 2, 2), flush=True)
     return figures
 
 
@@ -144,8 +157,8 @@ def decode_steps(bench: LoadingEngine, batch: int, steps: int, loads: bool) -> d
     while len(started) < batch:  # prefill
         started |= set(bench.outputs())
     residency = bench.engine._residency
-    extra, before, walls = bench.ref(10**6), residency.load_bytes, []
-    count = sum(residency.loads.values())
+    extra, before, walls = bench.ref(10**6), residency.counts.bytes, []
+    count = sum(residency.counts.loads.values())
     if loads:
         bench.engine.set_desired([extra])
     began = last = time.perf_counter()
@@ -169,8 +182,8 @@ def decode_steps(bench: LoadingEngine, batch: int, steps: int, loads: bool) -> d
         "steps": len(walls),
         "median_ms": statistics.median(walls) * 1e3,
         "p99_ms": walls[int(len(walls) * 0.99)] * 1e3,
-        "loads": sum(residency.loads.values()) - count,
-        "loaded_gb_s": (residency.load_bytes - before) / seconds / 1e9,
+        "loads": sum(residency.counts.loads.values()) - count,
+        "loaded_gb_s": (residency.counts.bytes - before) / seconds / 1e9,
     }
 
 
@@ -210,7 +223,8 @@ def main() -> None:
             bench = LoadingEngine(shape, folder, device, packs, batch)
             print(f"engine ready after {time.perf_counter() - began:.1f} s", flush=True)
             pinned = packs.pin(bench.engine)
-            copy = measure_copy(bench, pinned)
+            profile = args.profile and device == "cuda"
+            copy = measure_copy(bench, pinned, profile)
             result = {
                 "machine": torch.cuda.get_device_name() if device == "cuda" else "CPU",
                 "date": date.today().isoformat(),
@@ -218,7 +232,7 @@ def main() -> None:
                 "config": shape.config,
                 "rank": shape.rank,
                 "copy": copy,
-                "prefill": measure_prefill(bench, copy["load_ms"]),
+                "prefill": measure_prefill(bench, copy["load_ms"], profile),
                 "decode": measure_decode(bench, batch, steps),
                 "compiles_after_ready": bench.engine.report().compiles_after_ready,
             }

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _serving_engine import LocalPacks
+from _local_packs import LocalPacks
 from _serving_load import DemoFacts
 from loraplex.adapter_store import BaseModel, make_pack
 from loraplex.cluster.metrics import EngineMetrics, GatewayMetrics, new_registry

@@ -11,9 +11,9 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
+from .admission import wrong_with
 from .comm import Comm
 from .config import EngineConfig
 from .engine_account import EngineAccount
@@ -22,14 +22,13 @@ from .flight import StepResult, launch
 from .host_state import HostState
 from .kv_blocks import KVBlocks
 from .model_runner import ModelRunner
-from .pace import Pace
 from .planning import Plan, plan_step
 from .pool.host_keeper import HostKeeper
-from .pool.node_packs import PackLister
 from .pool.packs import PackFetcher, PackSource
 from .pool.residency import Residency
-from .report import REPORTED_TENANTS, EngineReport
-from .request import AdapterRef, ErrorCode, FinishReason, GenerationRequest, TokenOutput
+from .report import EngineReport
+from .request import AdapterRef, ErrorCode, GenerationRequest, TokenOutput
+from .sampling.compile_queue import COMPILE_S, CompileQueue
 from .sampling.grammar import Grammars
 from .scheduler import Refusal, Scheduler
 from .sequence import Sequence
@@ -37,7 +36,6 @@ from .step import Step
 
 log = logging.getLogger(__name__)
 
-_COMPILE_S = 10.0  # that a request's grammar may take, waiting for others' included
 # Of a step that has nothing to do until a grammar is compiled or an adapter has come.
 _REST_S = 0.002
 # Python's threads take turns: opening and planning packs beside the steps mustn't hold one up for
@@ -69,7 +67,7 @@ class Engine:
         self.config = config = self._runner.config  # with the sizes that were derived
         self._packs = packs
         self._fetcher = PackFetcher(packs, config.load_threads)
-        self._keeper, self._lister = HostKeeper(packs), PackLister(packs)
+        self._keeper = HostKeeper(packs)
         self._kv = KVBlocks(self._runner.kv_blocks, config.block_size)
         self._residency = Residency(
             self._runner.pool,
@@ -87,36 +85,29 @@ class Engine:
         )
         model = config.model
         self._grammars = Grammars(config.model_path, model.vocab_size, model.eos_token_ids)
-        self._pace = Pace()
-        self._ended = 0  # sequences, since the last step
+        self._compiling = CompileQueue(self._grammars)
         self._sequences: dict[str, Sequence] = {}
         self._flight: _Flight | None = None  # launched, not read
         self._early: list[TokenOutput] = []  # refusals made outside a step
-        # Requests whose grammar is compiled first, and until when that may take.
-        self._compiling: dict[str, tuple[GenerationRequest, Future[object], float]] = {}
         self._arrivals = 0
-        self._report = EngineReport(
-            weights_bytes=self._runner.weights_bytes,
-            weights_seconds=self._runner.weights_seconds,
-            ready_seconds=self._runner.ready_seconds,
+        self._account = EngineAccount(
+            self._runner, self._scheduler, self._residency, self._kv, packs
         )
-        self._purged: set[str] = set()  # whose counts go with the next report
-        self._account = EngineAccount(self._report, self._residency, self._kv, self._runner.device)
 
     def submit(self, request: GenerationRequest) -> None:
         """Queues a request. What is wrong with it comes as its output of the next step."""
-        wrong = self._wrong_with(request)
-        if wrong is not None:
-            code, message = wrong
-            self._early.append(_failed(request.request_id, code, message))
+        id_ = request.request_id
+        if id_ in self._sequences or id_ in self._compiling:
+            text = f"request id {id_!r} is in use"
+            self._early.append(_failed(id_, "duplicate_request", text))
             return
-        grammar = request.sampling.grammar
-        compiling = None if grammar is None else self._grammars.compiling(grammar)
+        wrong = wrong_with(request, self.config)
+        if wrong is not None:
+            self._early.append(_failed(id_, *wrong))
+            return
         now = time.monotonic()
-        if compiling is None:
+        if not self._compiling.hold(request, now):
             self._accept(request, now)
-        else:
-            self._compiling[request.request_id] = request, compiling, now + _COMPILE_S
 
     def _accept(self, request: GenerationRequest, submitted: float) -> None:
         limit = len(request.prompt_ids) + request.sampling.max_tokens
@@ -142,9 +133,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Drops a request and frees what it holds. One that has ended already is no error."""
-        waiting = self._compiling.pop(request_id, None)
-        if waiting is not None:
-            waiting[1].cancel()
+        self._compiling.drop(request_id)
         seq = self._sequences.pop(request_id, None)
         if seq is not None:
             self._scheduler.remove(seq)
@@ -175,18 +164,13 @@ class Engine:
 
     def _accept_compiled(self) -> None:
         if self._compiling and not (self._sequences or self._flight):
-            wait([compiling for _, compiling, _ in self._compiling.values()], _REST_S)
-        for request_id, (request, compiling, deadline) in list(self._compiling.items()):
-            late = time.monotonic() > deadline
-            if not (compiling.done() or late):
-                continue
-            del self._compiling[request_id]
-            if compiling.done():
-                self._accept(request, deadline - _COMPILE_S)
+            self._compiling.rest(_REST_S)
+        for request, submitted, compiled in self._compiling.take(time.monotonic()):
+            if compiled:
+                self._accept(request, submitted)
             else:
-                compiling.cancel()
-                text = f"the grammar takes more than {_COMPILE_S:.0f} s to compile; make it simpler"
-                self._early.append(_failed(request_id, "invalid_grammar", text))
+                text = f"the grammar takes more than {COMPILE_S:.0f} s to compile; make it simpler"
+                self._early.append(_failed(request.request_id, "invalid_grammar", text))
 
     def _advance(self) -> list[TokenOutput]:
         """Launches a step if there is one, and collects the one before it."""
@@ -208,14 +192,11 @@ class Engine:
                 self._flight = flight
             else:
                 outputs += self._collect(flight)
-            self._report.steps += 1
         if flight is not None or before is not None:
             seconds = time.perf_counter() - started
-            self._report.step_seconds += seconds
             timed = read or flight
             work = [] if timed is None else timed.plan.work
-            self._pace.stepped(seconds, sum(w.count for w in work if w.count > 1), self._ended)
-            self._ended = 0
+            self._account.stepped(seconds, sum(w.count for w in work if w.count > 1))
         elif not outputs:
             self._residency.rest(_REST_S)
         return outputs
@@ -234,42 +215,12 @@ class Engine:
         self._keeper.forget(key)
         self._packs.remove(key)
         self._kv.forget(key)
-        self._purged.add(key)
+        self._account.purged(key)
         for seq in self._sequences.values():
             seq.purged |= seq.adapter_key == key
 
     def report(self) -> EngineReport:
-        r, s, res = self._report, self._scheduler, self._residency
-        r.queued, r.running = len(s.waiting), len(s.running)
-        r.token_s = self._pace.token_s
-        r.max_running = self.config.max_running
-        free_rows = r.max_running - r.running
-        r.prompt_tokens_pending = s.prompt_tokens_pending()
-        r.wait_s = self._pace.wait_s(r.prompt_tokens_pending, r.queued, free_rows)
-        r.end_s = self._pace.ends_every_s
-        r.kv_blocks_total, r.kv_blocks_used = self._kv.total, self._kv.used
-        r.preemptions, r.prefix_hit_tokens = s.preemptions, s.prefix_hit_tokens
-        waiting = s.waiting.by_tenant()
-        r.tenant_leads = s.vtc.leads(waiting, REPORTED_TENANTS)
-        r.tenants_waiting = {t: waiting.get(t, 0) for t in r.tenant_leads}
-        r.pool_bytes_total = self._runner.pool.total_bytes
-        r.pool_bytes_used = self._runner.pool.used_bytes
-        loading = res.loading
-        node = self._lister.latest(loading)
-        r.gpu, r.disk, r.host = res.resident(), node.disk, node.host
-        r.loading = [*dict.fromkeys([*loading, *node.loading])]
-        r.host_bytes_total = self._packs.host_bytes
-        r.loads, r.load_seconds, r.load_bytes = dict(res.loads), res.load_seconds, res.load_bytes
-        r.load_failures, r.evictions = res.load_failures, res.evictions
-        r.compiles_after_ready = len(self._runner.compiles.kernels)
-        self._account.fill()
-        report = EngineReport.from_wire(r.to_wire())
-        # After they were told once more: reports that never forgot would grow with every upload.
-        for key in self._purged - {seq.owner for seq in self._sequences.values()}:
-            self._purged.discard(key)
-            r.prompt_tokens.pop(key, None)
-            r.output_tokens.pop(key, None)
-        return report
+        return self._account.report(self._sequences.values())
 
     def close(self) -> None:
         """Stops the other ranks and the fetch threads."""
@@ -277,29 +228,10 @@ class Engine:
             self._comm.broadcast_message(Step(stop=True).to_wire())
         self._fetcher.close()
         self._keeper.close()
-        self._lister.close()
+        self._account.close()
         self._residency.close()
         self._grammars.close()
         self._comm.close()
-
-    def _wrong_with(self, request: GenerationRequest) -> tuple[ErrorCode, str] | None:
-        config, n = self.config, len(request.prompt_ids)
-        if request.request_id in self._sequences or request.request_id in self._compiling:
-            return "duplicate_request", f"request id {request.request_id!r} is in use"
-        if n == 0:
-            return "empty_prompt", "the prompt has no tokens"
-        tokens = (*request.prompt_ids, *request.output_ids)
-        bad = [t for t in tokens if not 0 <= t < config.model.vocab_size]
-        if bad:
-            limit = config.model.vocab_size - 1
-            return "invalid_token", f"token id {bad[0]} is outside 0..{limit}"
-        if n >= config.context_length:
-            return (
-                "context_length_exceeded",
-                f"the prompt has {n} tokens; at most {config.context_length - 1} fit the context "
-                f"of {config.context_length} with one token of output",
-            )
-        return None
 
     def _refuse(self, refusal: Refusal) -> TokenOutput:
         seq = refusal.seq
@@ -359,7 +291,8 @@ class Engine:
         self._residency.speeds.prefilled(plan.tokens, result.seconds)
         for w in plan.work:
             if not w.seq.removed:
-                self._count_tokens(w.seq, prompt=w.count if w.count > 1 or not w.seq.started else 0)
+                prompt = w.count if w.count > 1 or not w.seq.started else 0
+                self._account.tokens(w.seq, prompt=prompt)
             self._scheduler.landed(w)
         for p, logprobs in zip(plan.prompts, result.prompts, strict=True):
             if p.seq.prompt_logprobs is not None:
@@ -405,35 +338,16 @@ class Engine:
             out.tier, out.cached_tokens = seq.tier, seq.cached_tokens or 0
             out.prompt_logprobs = seq.prompt_logprobs
             seq.prompt_logprobs = None
-        self._count_tokens(seq, output=1)
-        out.finish_reason = self._finish_reason(seq, token)
+        self._account.tokens(seq, output=1)
+        out.finish_reason = seq.finish_reason(self.config.model.eos_token_ids)
         if out.finish_reason is not None:
             self._end(seq)
             if seq.request.traceparent is not None:
                 out.spans = seq.times.spans(time.monotonic())
         return out
 
-    def _finish_reason(self, seq: Sequence, token: int) -> FinishReason | None:
-        params = seq.request.sampling
-        if seq.host is not None and seq.host.finished:
-            return "stop"
-        if seq.output_count >= params.min_tokens:
-            if token in params.stop_token_ids:
-                return "stop"
-            if not params.ignore_eos and token in self.config.model.eos_token_ids:
-                return "stop"
-        return "length" if len(seq.tokens) >= seq.limit else None
-
-    def _count_tokens(self, seq: Sequence, prompt: int = 0, output: int = 0) -> None:
-        for counts, n in (
-            (self._report.prompt_tokens, prompt),
-            (self._report.output_tokens, output),
-        ):
-            if n:
-                counts[seq.owner] = counts.get(seq.owner, 0) + n
-
     def _end(self, seq: Sequence) -> None:
-        self._ended += 1
+        self._account.ended()
         del self._sequences[seq.request.request_id]
         self._scheduler.remove(seq)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 from .host_state import HostState
 from .kv_blocks import BlockHash, first_hash, next_hash
-from .request import GenerationRequest, TokenLogprob
+from .request import FinishReason, GenerationRequest, TokenLogprob
 from .request_times import RequestTimes
 
 
@@ -74,6 +74,18 @@ class Sequence:
     def ending(self) -> bool:
         """Whether its last token is on the device already: there is nothing more to compute."""
         return self.unread > 0 and self.length >= self.limit
+
+    def finish_reason(self, eos_token_ids: Container[int]) -> FinishReason | None:
+        """Why it ends with its newest token; None: it doesn't."""
+        token, params = self.tokens[-1], self.request.sampling
+        if self.host is not None and self.host.finished:
+            return "stop"
+        if self.output_count >= params.min_tokens:
+            if token in params.stop_token_ids:
+                return "stop"
+            if not params.ignore_eos and token in eos_token_ids:
+                return "stop"
+        return "length" if len(self.tokens) >= self.limit else None
 
     def block_hashes(self, block_size: int) -> Iterator[BlockHash]:
         """Names of the full blocks of the tokens known so far, each made when it is come to."""

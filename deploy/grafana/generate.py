@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from boards import BOARDS, Board, Chart, Figure, metric_charts
+from boards import BOARDS
 from grafana_foundation_sdk.builders import dashboard, prometheus, stat, timeseries
 from grafana_foundation_sdk.builders.common import (
     ReduceDataOptions,
@@ -29,6 +29,7 @@ from grafana_foundation_sdk.models.dashboard import (
     DataSourceRef,
     VariableRefresh,
 )
+from panels import Board, Chart, Figure, metric_charts
 
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 OUT = Path(__file__).parent / "dashboards"

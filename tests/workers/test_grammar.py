@@ -6,6 +6,7 @@ import json
 import random
 import re
 import threading
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -342,8 +343,8 @@ def test_a_grammar_that_takes_long_holds_nobody_up(demo, monkeypatch):
 
         run_until(lambda: ended)
         assert list(ended) == ["plain"]
-        request, compiling, _ = engine._compiling["late"]
-        engine._compiling["late"] = request, compiling, 0.0
+        waiting = engine._compiling._waiting
+        waiting["late"] = replace(waiting["late"], submitted=0.0)
         run_until(lambda: len(ended) == 2)
         assert ended["late"].error_code == "invalid_grammar"
         assert "takes more than 10 s to compile" in ended["late"].error

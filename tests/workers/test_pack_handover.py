@@ -116,7 +116,7 @@ def test_a_fetch_ends_with_the_last_request_that_waits_for_it() -> None:
     with pytest.raises(Waiting):  # another request asks for it
         residency.acquire(a)
     wait_until(lambda: a.digest in source.running)
-    assert residency.load_failures == 0
+    assert residency.counts.failures == 0
     fetcher.close()
     wait_until(lambda: not source.running)
 
@@ -137,7 +137,7 @@ def test_a_pack_that_was_evicted_before_it_was_used_is_fetched_again(rank_0: Ran
     rank_0.tier.ensure(rank_0.b.tenant_id, rank_0.b.digest)
     assert list(rank_0.tier.resident()) == [rank_0.b.key]
     assert Pack.open(rank_0.acquire(rank_0.a)).digest == rank_0.a.digest
-    assert rank_0.residency.load_failures == 0
+    assert rank_0.residency.counts.failures == 0
 
 
 def test_ranks_open_what_lies_in_the_nodes_memory(store: ObjectStore, tmp_path: Path) -> None:
@@ -147,16 +147,16 @@ def test_ranks_open_what_lies_in_the_nodes_memory(store: ObjectStore, tmp_path: 
     pack = Pack.open(rank_0.acquire(rank_0.a))
     assert (pack.digest, pack.arena is not None) == (rank_0.a.digest, True)
     rank_0.residency.settle()
-    assert rank_0.residency.loads == {"s3": 1}
+    assert rank_0.residency.counts.loads == {"s3": 1}
     slot, _ = rank_0.residency.acquire(rank_0.a)
     rank_0.residency.release(slot)
     rank_0.residency.purge(rank_0.a.key)
     rank_0.residency.take_changes()
     rank_0.acquire(rank_0.a)
     rank_0.residency.settle()
-    assert rank_0.residency.loads == {"s3": 1, "host": 1}
+    assert rank_0.residency.counts.loads == {"s3": 1, "host": 1}
     nbytes = rank_0.residency.resident()[rank_0.a.key]
-    assert rank_0.residency.tier_bytes == {"s3": nbytes, "host": nbytes}
+    assert rank_0.residency.counts.tier_bytes == {"s3": nbytes, "host": nbytes}
     # The fake's copy takes 0.1 s; what is beyond that is the fetch.
-    assert min(rank_0.residency.tier_seconds.values()) > 0.1
+    assert min(rank_0.residency.counts.tier_seconds.values()) > 0.1
     tier.close()

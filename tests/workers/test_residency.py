@@ -105,7 +105,7 @@ def test_nothing_is_evicted_for_what_has_no_room_all_the_same(make_node):
     for _ in range(5):
         assert waits_for_room()
     assert node.resident() == {idle.key, used.key}
-    assert node.residency.evictions == 0
+    assert node.residency.counts.evictions == 0
     node.residency.release(held)
     node.residency.release(node.hold(large))
     assert large.key in node.resident()
@@ -201,7 +201,7 @@ def test_a_load_that_fails_is_told_once_and_can_be_tried_again(make_node, monkey
         node.hold(bad)
     assert node.resident() == {good.key}
     assert node.pool.used_bytes == pages_of(node, good) << 14
-    assert node.residency.load_failures == 1
+    assert node.residency.counts.failures == 1
     monkeypatch.setattr(Pack, "spans", spans)
     node.hold(bad)
     assert node.resident() == {good.key, bad.key}
@@ -210,13 +210,13 @@ def test_a_load_that_fails_is_told_once_and_can_be_tried_again(make_node, monkey
 def test_an_adapter_purged_while_it_loads_leaves_when_the_load_has_ended(make_node):
     node = make_node(64)
     ref = node.adapter(4)
-    while not node.residency._residents:
+    while not node.residency._residents.by_key:
         with pytest.raises(Waiting):
             node.residency.acquire(ref)
     node.residency.purge(ref.key)
     with pytest.raises(Waiting):
         node.residency.acquire(ref)
-    node.until(lambda: not node.residency._residents)
+    node.until(lambda: not node.residency._residents.by_key)
     assert node.pool.used_bytes == 0
     assert [c.what for c in node.residency.take_changes()] == ["load", "unload"]
 

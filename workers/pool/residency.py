@@ -1,7 +1,6 @@
-"""Which adapters are in the pool, who uses them, and which goes when another needs the room.
+"""Which adapters are to be in the pool, and which goes when another needs the room.
 
-Rank 0 decides; the decisions leave as slot changes in the next step message, so that every rank's
-pool takes the same steps in the same order.
+Rank 0 decides; the decisions leave as slot changes in the next step message (`residents`).
 
 An adapter's way: fetched to this node (`packs`), opened (`packs_opened`), its pages reserved, all
 of them or none, and filled in the background (`loader`), then shown to the kernels. Every wait is
@@ -13,7 +12,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from ...adapter_store import Pack, PackPin
 from ..errors import PoolFull, WorkerError
@@ -21,30 +19,14 @@ from ..request import AdapterRef
 from ..step import SlotChange
 from .adapter_pool import AdapterPool
 from .early_start import Speeds
-from .loader import Load
+from .load_counts import LoadCounts
 from .packs import HANDOVER_S, Fetched, PackFetcher, close_later
 from .packs_opened import OpenedPack, PackOpener
+from .residents import Resident, Residents
 
 _RETRY_S = 30.0  # until a prefetch that failed is tried again, though nobody asked
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Resident:
-    ref: AdapterRef
-    slot: int
-    nbytes: int
-    rank: int  # the largest of its projections'
-    tier: str  # that it came from
-    fetch_s: float  # that it took from there to this node
-    users: int = 0
-    last_used: int = 0
-    doomed: bool = False  # purged while in use or loading: freed when neither is
-    load: Load | None = None  # while it hasn't ended
-    shown: bool = True
-    told: bool = False  # the first of who waited for it knows where it came from
-    fresh: bool = False  # a request waited for it and hasn't taken hold yet
 
 
 class Waiting(Exception):
@@ -70,24 +52,15 @@ class Residency:
         self._opener = PackOpener(self._examine)
         self._model_layers, self.speeds = model_layers, Speeds()
         self._fingerprint, self._time = base_fingerprint, clock
-        self._residents: dict[str, _Resident] = {}
-        self._by_slot: dict[int, _Resident] = {}
-        self._free_slots = list(range(pool.max_slots - 1, -1, -1))
+        self._residents = Residents(pool)
         self._wanted: dict[str, AdapterRef] = {}  # of queued requests; oldest first
         self._desired: dict[str, AdapterRef] = {}
         self._failed: dict[str, BaseException] = {}  # loads that a request waits for
         self._refused: dict[str, float] = {}  # prefetches that failed, and when to try again
         self._no_room: set[str] = set()  # prefetches that wait until something is given up
-        self._changes: list[SlotChange] = []
         self._pins: list[PackPin] = []  # of the packs that the changes name
         self._clock = 0
-        self.loads: dict[str, int] = {}
-        self.load_seconds = 0.0
-        self.load_bytes = 0
-        self.tier_seconds: dict[str, float] = {}  # of fetch and copy, by source
-        self.tier_bytes: dict[str, int] = {}
-        self.load_failures = 0
-        self.evictions = 0
+        self.counts = LoadCounts()
 
     def acquire(self, ref: AdapterRef, tokens: int = 0) -> tuple[int, str]:
         """Takes hold of the adapter for one sequence.
@@ -104,12 +77,12 @@ class Residency:
             AdapterTooLarge, or whatever fetch or load raised: never.
         """
         self._clock += 1
-        resident = self._residents.get(ref.key)
+        resident = self._residents.by_key.get(ref.key)
         if resident is None:
             if (error := self._failed.pop(ref.key, None)) is not None:
                 raise error
             try:
-                self._bring_in(ref, evict=self._idle(), fresh=True)
+                self._bring_in(ref, evict=self._residents.idle(self._desired), fresh=True)
             except Waiting:
                 raise
             except Exception:
@@ -122,7 +95,7 @@ class Residency:
             resident.fresh = True
             if not self._may_start(resident, tokens):
                 raise Waiting(for_room=False)
-            self._show(resident)
+            self._residents.show(resident)
         tier, resident.told = "gpu" if resident.told else resident.tier, True
         resident.users += 1
         resident.last_used = self._clock
@@ -136,7 +109,7 @@ class Residency:
             drop: the adapter was purged while the sequence waited for it: it goes with the last
                 that holds it.
         """
-        resident = self._by_slot[slot]
+        resident = self._residents.by_slot[slot]
         resident.users -= 1
         resident.doomed |= drop and resident.users == 0
         self._no_room.clear()
@@ -144,13 +117,13 @@ class Residency:
 
     def size(self, slot: int) -> tuple[int, int]:
         """Bytes and largest rank of the adapter in `slot`."""
-        resident = self._by_slot[slot]
+        resident = self._residents.by_slot[slot]
         return resident.nbytes, resident.rank
 
     def want(self, ref: AdapterRef) -> None:
         """Starts to bring the adapter of a request that was just queued, as far as there is
         room."""
-        resident = self._residents.get(ref.key)
+        resident = self._residents.by_key.get(ref.key)
         if resident is None:
             self._failed.pop(ref.key, None)
             self._wanted[ref.key] = ref
@@ -171,7 +144,7 @@ class Residency:
 
     def settle(self) -> None:
         """Takes note of loads that have ended: their adapters are shown from the next step on."""
-        for resident in [r for r in self._by_slot.values() if r.load is not None]:
+        for resident in self._residents.loading():
             load = resident.load
             assert load is not None
             if not load.done:
@@ -185,7 +158,7 @@ class Residency:
                 self.speeds.loaded(load.nbytes, load.seconds)
             self._count_load(resident, load.seconds)
             if not resident.shown and not resident.doomed:
-                self._show(resident)
+                self._residents.show(resident)
             self._drop_doomed(resident)
 
     def prefetch(self) -> None:
@@ -193,12 +166,13 @@ class Residency:
         evicts only what nobody wants."""
         blocked = self._blocked()
         for key, ref in [*self._wanted.items(), *self._desired.items()]:
-            if key in self._residents or self._fetcher.failed(ref):
+            if key in self._residents.by_key or self._fetcher.failed(ref):
                 self._wanted.pop(key, None)  # who waits for it is told when it asks
-            if key in self._residents or key in blocked:
+            if key in self._residents.by_key or key in blocked:
                 continue
             wanted = key in self._wanted
-            spare = [r for r in self._idle() if r.ref.key not in self._desired and not r.fresh]
+            idle = self._residents.idle(self._desired)
+            spare = [r for r in idle if r.ref.key not in self._desired and not r.fresh]
             try:
                 self._bring_in(ref, evict=spare, fresh=wanted)
                 self._wanted.pop(key, None)
@@ -219,13 +193,13 @@ class Residency:
         """Whether `settle` or `prefetch` could do something now, or soon."""
         if self.loads_run:
             return True
-        return bool(self._desired.keys() - self._residents.keys() - self._blocked())
+        return bool(self._desired.keys() - self._residents.by_key.keys() - self._blocked())
 
     def rest(self, seconds: float) -> None:
         """Waits for something that comes in the background, for at most so long."""
-        load = next((r.load for r in self._by_slot.values() if r.load is not None), None)
-        if load is not None:
-            load.rest(seconds)
+        if coming := self._residents.loading():
+            assert coming[0].load is not None
+            coming[0].load.rest(seconds)
         elif self._opener.opening:
             self._opener.rest(seconds)
         elif self._fetcher.loading:
@@ -237,7 +211,7 @@ class Residency:
         self._wanted.pop(key, None)
         self._failed.pop(key, None)
         self._opener.forget(key)
-        resident = self._residents.get(key)
+        resident = self._residents.by_key.get(key)
         if resident is not None:
             resident.doomed = True
             self._drop_doomed(resident)
@@ -247,27 +221,26 @@ class Residency:
 
         They are to be sent at once: the packs that they name stay on the disk for HANDOVER_S.
         """
-        changes, self._changes = self._changes, []
         if self._pins:
             close_later(self._pins, HANDOVER_S)
             self._pins = []
-        return changes
+        return self._residents.take_changes()
 
     def resident(self) -> dict[str, int]:
-        return {k: r.nbytes for k, r in self._residents.items() if r.shown}
+        return {k: r.nbytes for k, r in self._residents.by_key.items() if r.shown}
 
     @property
     def loads_run(self) -> bool:
-        return any(r.load is not None for r in self._by_slot.values())
+        return bool(self._residents.loading())
 
     @property
     def active_bytes(self) -> int:
         """Of adapters that sequences use now."""
-        return sum(r.nbytes for r in self._residents.values() if r.users)
+        return sum(r.nbytes for r in self._residents.by_key.values() if r.users)
 
     @property
     def loading(self) -> list[str]:
-        coming = [k for k, r in self._residents.items() if not r.shown]
+        coming = [k for k, r in self._residents.by_key.items() if not r.shown]
         return [*dict.fromkeys([*self._fetcher.loading, *self._opener.opening, *coming])]
 
     def close(self) -> None:
@@ -279,7 +252,7 @@ class Residency:
         refused = (k for k, at in self._refused.items() if now < at)
         return {*self._no_room, *self._fetcher.loading, *self._opener.opening, *refused}
 
-    def _bring_in(self, ref: AdapterRef, evict: list[_Resident], fresh: bool) -> None:
+    def _bring_in(self, ref: AdapterRef, evict: list[Resident], fresh: bool) -> None:
         """Starts the adapter's load.
 
         Args:
@@ -302,11 +275,15 @@ class Residency:
         except Waiting:
             raise
         except Exception:
-            self.load_failures += 1
+            self.counts.failures += 1
             raise
         try:
-            slot = self._make_room(opened, evict)
-            load = self._pool.start_load(slot, opened.pack, opened.layouts)
+            for resident in self._residents.in_the_way(opened, evict):
+                # It gives way to a request: it comes back if the controller says so again.
+                self._desired.pop(resident.ref.key, None)
+                self._drop(resident)
+                self.counts.evictions += 1
+            self._residents.start_load(ref, opened, self._clock, fresh)
         except PoolFull:
             pin.close()
             raise Waiting(for_room=True) from None
@@ -315,33 +292,13 @@ class Residency:
             raise
         self._pins.append(pin)
         self._opener.forget(ref.key)
-        self._free_slots.remove(slot)
-        self._changes.append(SlotChange("load", slot, str(opened.path)))
-        resident = _Resident(
-            ref,
-            slot,
-            opened.layouts.nbytes,
-            opened.layouts.max_rank,
-            opened.tier,
-            opened.fetch_s,
-            last_used=self._clock,
-            load=load,
-            shown=False,
-            told=not fresh,
-            fresh=fresh,
-        )
-        self._residents[ref.key] = self._by_slot[slot] = resident
 
-    def _count_load(self, resident: _Resident, load_s: float) -> None:
+    def _count_load(self, resident: Resident, load_s: float) -> None:
         tier, nbytes, whole = resident.tier, resident.nbytes, resident.fetch_s + load_s
         tenant, digest = resident.ref.tenant_id, resident.ref.digest
         extra = {"tenant": tenant, "digest": digest, "seconds": round(whole, 4)}
         log.info("adapter loaded from %s, %d bytes", tier, nbytes, extra=extra)
-        self.loads[tier] = self.loads.get(tier, 0) + 1
-        self.load_seconds += load_s
-        self.load_bytes += nbytes
-        self.tier_seconds[tier] = self.tier_seconds.get(tier, 0.0) + whole
-        self.tier_bytes[tier] = self.tier_bytes.get(tier, 0) + nbytes
+        self.counts.loaded(tier, nbytes, resident.fetch_s, load_s)
 
     def _open(self, ref: AdapterRef) -> OpenedPack | None:
         if not self._opener.has(ref.key):
@@ -366,69 +323,32 @@ class Residency:
             )
         return OpenedPack(path, tier, fetch_s, pack, self._pool.layouts(pack))
 
-    def _make_room(self, opened: OpenedPack, evict: list[_Resident]) -> int:
-        """A free slot, beside room for the pack; evicts as few as it takes, none in vain.
-
-        Raises:
-            PoolFull: even without all of `evict` there would be no room.
-        """
-        gone = 0
-        while not (self._free_slots or gone) or not self._pool.fits(
-            opened.layouts, [r.slot for r in evict[:gone]]
-        ):
-            if gone == 0 and not self._pool.fits(opened.layouts, [r.slot for r in evict]):
-                raise PoolFull(f"no room for {opened.pack.digest[:12]}")
-            if gone == len(evict):
-                raise PoolFull(f"no slot for {opened.pack.digest[:12]}")
-            gone += 1
-        for resident in evict[:gone]:
-            # It gave way to a request: it comes back if the controller says so again.
-            self._desired.pop(resident.ref.key, None)
-            self._drop(resident)
-            self.evictions += 1
-        return self._free_slots[-1]
-
-    def _idle(self) -> list[_Resident]:
-        """Residents that may go, first to go first: undesired before desired, then least recent;
-        last of all those that a request has waited for and will take hold of."""
-        idle = [r for r in self._residents.values() if r.users == 0 and r.load is None]
-        return sorted(idle, key=lambda r: (r.fresh, r.ref.key in self._desired, r.last_used))
-
-    def _may_start(self, resident: _Resident, tokens: int) -> bool:
+    def _may_start(self, resident: Resident, tokens: int) -> bool:
         """Whether a step may name it already and wait for each layer on the device.
 
         The first layer must have been launched: from there on, from memory that is pinned, nothing
         goes wrong that a device survives.
         """
         load = resident.load
-        alone = [r.load for r in self._by_slot.values() if r.load is not None] == [load]
+        alone = [r.load for r in self._residents.loading()] == [load]
         if load is None or not (alone and load.pinned and load.underway):
             return False
         return self.speeds.may_start(load.layers, tokens, self._model_layers, load.elapsed)
 
-    def _show(self, resident: _Resident) -> None:
-        self._pool.show(resident.slot)
-        self._changes.append(SlotChange("show", resident.slot))
-        resident.shown = True
-
-    def _fail(self, resident: _Resident, error: BaseException) -> None:
+    def _fail(self, resident: Resident, error: BaseException) -> None:
         """A load has failed: its pages are free again, and who waits for it is told."""
         key = resident.ref.key
-        self.load_failures += 1
+        self.counts.failures += 1
         self._drop(resident)
         if resident.fresh:
             self._failed[key] = error
         else:
             self._refused[key] = self._time() + _RETRY_S
 
-    def _drop_doomed(self, resident: _Resident) -> None:
+    def _drop_doomed(self, resident: Resident) -> None:
         if resident.doomed and resident.users == 0 and resident.load is None:
             self._drop(resident)
 
-    def _drop(self, resident: _Resident) -> None:
-        self._pool.unload(resident.slot)
-        self._changes.append(SlotChange("unload", resident.slot))
-        self._free_slots.append(resident.slot)
-        del self._by_slot[resident.slot]
-        del self._residents[resident.ref.key]
+    def _drop(self, resident: Resident) -> None:
+        self._residents.drop(resident)
         self._no_room.clear()
