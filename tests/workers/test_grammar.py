@@ -21,6 +21,7 @@ from loraplex.workers import (
     check_grammar,
 )
 from loraplex.workers.sampling.grammar import MAX_CHOICES, Grammars, fill_masks
+from loraplex.workers.sampling.grammar_conjunctions import check_conjunctions
 from loraplex.workers.sampling.grammar_limits import check_multiples
 from loraplex.workers.sampling.sampler import Draw, SamplingBatch, sample
 from tokenizers import Tokenizer
@@ -194,6 +195,60 @@ def test_a_grammar_that_doubles_itself_is_refused_early(levels, notation):
     with pytest.raises(GrammarInvalid, match=r"too big|too large"):
         check_grammar(doubling(levels, notation))
     check_grammar(doubling(3, notation))
+
+
+def patterns(count: int) -> list[dict[str, str]]:
+    return [{"type": "string", "pattern": f"w{i}"} for i in range(count)]
+
+
+def by_names(count: int) -> dict[str, Any]:
+    """Each definition says one pattern more than the one before."""
+    named = {
+        str(i): {"pattern": f"w{i}", **({"$ref": f"#/$defs/{i - 1}"} if i else {})}
+        for i in range(count)
+    }
+    return {"$defs": named, "$ref": f"#/$defs/{count - 1}"}
+
+
+TOGETHER = [  # what they are, and whether they may be asked for
+    ({"allOf": patterns(3)}, True),
+    ({"allOf": patterns(22)}, False),
+    ({"allOf": [{"properties": {"a": one}} for one in patterns(22)]}, False),
+    ({"allOf": [{"anyOf": [one, {"type": "null"}]} for one in patterns(22)]}, False),
+    ({"type": "object", "properties": dict(enumerate(patterns(16)))}, True),
+    ({"anyOf": patterns(30)}, True),
+    (by_names(4), True),
+    (by_names(22), False),
+    ({"$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}, "$ref": "#/$defs/a"}, True),
+    ({"$defs": {"a": {"allOf": patterns(22)}}, "items": {"$ref": "#/$defs/a"}}, False),
+]
+
+
+@pytest.mark.parametrize(("schema", "allowed"), TOGETHER, ids=[str(s)[:60] for s, _ in TOGETHER])
+def test_patterns_that_would_be_multiplied_out_for_minutes_are_refused(schema, allowed):
+    text = json.dumps(schema)
+    for lark in (False, True):
+        written = f"start: %json {text}" if lark else text
+        if allowed:
+            check_conjunctions(written, lark=lark)
+        else:
+            with pytest.raises(GrammarInvalid, match="apply to one text"):
+                check_grammar(Grammar("grammar" if lark else "json_schema", written))
+
+
+def test_a_number_that_python_refuses_hides_nothing():
+    text = json.dumps({"allOf": patterns(22)})[:-1] + f', "maximum": 1{"0" * 5000}}}'
+    with pytest.raises(GrammarInvalid, match="apply to one text"):
+        check_grammar(Grammar("json_schema", text))
+
+
+def test_a_terminal_of_many_patterns_at_once_is_refused():
+    def terminal(count: int) -> Grammar:
+        return Grammar("grammar", "start: A\nA: " + " & ".join(["/.*w.*/"] * count))
+
+    check_grammar(terminal(5))
+    with pytest.raises(GrammarInvalid, match="& is written 21 times"):
+        check_grammar(terminal(22))
 
 
 MULTIPLES = [  # what they are, and whether they may be asked for
