@@ -98,6 +98,7 @@ def _from_http(error: HTTPException) -> ApiError:
     codes = {
         404: ("not_found", "there is no such path; see /docs"),
         405: ("method_not_allowed", "this path doesn't take this method; see /docs"),
+        408: ("body_too_slow", str(error.detail)),
         413: ("body_too_large", str(error.detail)),
     }
     code, message = codes.get(error.status_code, ("invalid_request", str(error.detail)))

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from loraplex.cluster.errors import ApiError
-from loraplex.cluster.gateway import completion
+from loraplex.cluster.gateway import completion, middleware
 from loraplex.cluster.gateway.chat_template import ChatTemplate
 from loraplex.cluster.gateway.completions import CompletionShape
 from loraplex.cluster.gateway.schemas import ChatBody, CompletionBody
@@ -151,3 +151,60 @@ async def test_choices_are_written_one_by_one(bench, monkeypatch):
     turning.cancel()
     assert len(set(seen)) == 6
     assert [choice["index"] for choice in response.json()["choices"]] == [*range(6)]
+
+
+async def test_a_flood_of_one_tenant_leaves_places_for_others():
+    bench = make_bench(MemoryStore(), max_open_requests=9)
+    flood, others = bench.tenant("flood"), [bench.tenant(f"t{i}") for i in range(4)]
+    bench.dispatcher.gate = asyncio.Event()
+
+    async def ask(key: str) -> httpx.Response:
+        return await post(bench, key, "completions", prompt="a")
+
+    async def opened(count: int) -> None:
+        async with asyncio.timeout(10):
+            while len(bench.dispatcher.requests) < count:
+                await asyncio.sleep(0.01)
+
+    open_ = [asyncio.create_task(ask(flood.key)) for _ in range(5)]
+    await opened(5)
+    refused = await ask(flood.key)
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "gateway_overloaded"
+    assert "you have 5 requests open" in refused.json()["error"]["message"]
+    open_ += [asyncio.create_task(ask(other.key)) for other in others]
+    await opened(9)
+    bench.dispatcher.gate.set()
+    assert [r.status_code for r in await asyncio.gather(*open_)] == [200] * 9
+    assert (await ask(flood.key)).status_code == 200
+
+
+async def test_half_a_body_is_not_waited_for_for_ever(bench, monkeypatch):
+    key = bench.tenant("acme").key
+    monkeypatch.setattr(middleware, "BODY_S", 0.05)
+    monkeypatch.setattr(middleware, "BODY_BYTES_PER_S", 1e12)
+
+    async def half(begin: bytes) -> AsyncIterator[bytes]:
+        yield begin
+        await asyncio.sleep(60)
+
+    form = b'--x\r\nContent-Disposition: form-data; name="name"\r\n\r\na'
+    async with bench.client(key) as client:
+        for path, kind, begin in (
+            ("completions", "application/json", b'{"model": "base'),
+            ("adapters", "multipart/form-data; boundary=x", form),
+        ):
+            headers = {"content-type": kind}
+            response = await client.post(f"/v1/{path}", content=half(begin), headers=headers)
+            assert response.status_code == 408
+            assert response.json()["error"]["code"] == "body_too_slow"
+
+
+async def test_an_answer_may_take_longer_than_a_body(bench, monkeypatch):
+    key = bench.tenant("acme").key
+    monkeypatch.setattr(middleware, "BODY_S", 0.05)
+    monkeypatch.setattr(middleware, "BODY_BYTES_PER_S", 1e12)
+    bench.dispatcher.gate = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.2, bench.dispatcher.gate.set)
+    response = await post(bench, key, "completions", prompt="a", stream=True)
+    assert response.text.endswith("data: [DONE]\n\n")
