@@ -28,6 +28,7 @@ Event = Literal["continuation", "refused", "no_group"]
 _HASHED_TOKENS = 256
 _WAIT_STEP_S = 0.05
 _TABLE_TIMEOUT_S = 5.0
+_FULL_S = 0.5  # before a group that had no room for a continuation is asked again
 # The group lives, but not for this request: another one may take it, and nothing was lost.
 _REFUSALS = frozenset({"overloaded", "draining"})
 
@@ -116,16 +117,21 @@ class Dispatcher:
         began = loop.time()
         progress = _Progress(request)
         refused: set[str] = set()
+        full: set[str] = set()  # a moment ago
         failures = engine_failures = 0
         patience_s = self._limits.patience_s
+        give_up = began  # when to stop asking full groups
         error = _error(request, "no_group", "no worker group can be reached; try again later")
         while True:
             left_s = progress.left_s(loop.time() - began)
-            connection = await self._pick(request, refused, min(patience_s, left_s))
+            connection = await self._pick(request, refused | full, min(patience_s, left_s))
             left_s = progress.left_s(loop.time() - began)
             if left_s <= 0:
                 yield _error(request, "deadline_exceeded", _LATE.format(request.timeout_s))
                 return
+            if connection is None and full and progress.begun and loop.time() < give_up:
+                full.clear()
+                continue
             if connection is None:
                 self._on_event("no_group", "")
                 yield error
@@ -149,9 +155,13 @@ class Dispatcher:
             error = output
             if error.error_code in _REFUSALS:
                 self._on_event("refused", connection.group)
-                refused.add(connection.group)
                 if error.error_code == "overloaded":
-                    patience_s = 0.0  # the caller is to slow down, unless another group has room
+                    full.add(connection.group)
+                    # The caller is to slow down, unless another group has room; but what has begun
+                    # waits for some, since its tokens would be lost.
+                    patience_s = _FULL_S if progress.begun else 0.0
+                else:
+                    refused.add(connection.group)
                 continue
             log.warning(
                 "request %s: group %s failed after %d tokens: %s",
@@ -164,17 +174,19 @@ class Dispatcher:
             engine_failures += error.error_code == "engine_failed"
             if connection.connected:
                 refused.add(connection.group)  # its front answers, but its ranks are gone
+            if progress.complete:
+                # The group was lost between the last token and the word that it was the last.
+                yield TokenOutput(request.request_id, finish_reason="length")
+                return
             if (
                 failures > self._limits.max_continuations
                 or engine_failures > self._limits.max_engine_failures
             ):
                 yield error
                 return
-            if progress.complete:
-                # The group was lost between the last token and the word that it was the last.
-                yield TokenOutput(request.request_id, finish_reason="length")
-                return
+            full.clear()
             patience_s = self._limits.continuation_patience_s
+            give_up = loop.time() + patience_s
             self._on_event("continuation", connection.group)
 
     async def _pick(
@@ -254,7 +266,7 @@ class _Progress:
     def __init__(self, request: GenerationRequest):
         self._request = request
         self._tokens = list(request.output_ids)
-        self._begun = False
+        self.begun = False
         self._continued = False
 
     @property
@@ -271,17 +283,17 @@ class _Progress:
             output.tier = None
             output.prompt_logprobs = None
             output.cached_tokens = 0
-        self._begun = True
+        self.begun = True
         self._tokens += output.token_ids
 
     def left_s(self, waited_s: float) -> float:
         """Until it has to be begun, so long after it came."""
         timeout_s = self._request.timeout_s
-        return math.inf if timeout_s is None or self._begun else timeout_s - waited_s
+        return math.inf if timeout_s is None or self.begun else timeout_s - waited_s
 
     def request(self, left_s: float) -> GenerationRequest:
         """The request to send now, to be begun within `left_s`."""
-        if not self._begun:
+        if not self.begun:
             timeout_s = None if math.isinf(left_s) else left_s
             return replace(self._request, timeout_s=timeout_s)
         self._continued = True

@@ -186,7 +186,7 @@ class Settings(BaseSettings):
     max_context: int | None = Field(None, ge=1, description="none: the model's own")
     max_choices: int = Field(16, ge=1, description="n")
     max_sequences: int = Field(128, ge=1, description="prompts times n in one request")
-    max_logprobs: int = Field(20, ge=0)
+    max_logprobs: int = Field(20, ge=0, le=100, description="alternatives shown beside a token")
     max_stop_strings: int = Field(16, ge=1)
     max_stop_chars: int = Field(1024, ge=1, description="length of one stop string")
     max_grammar_bytes: int = Field(32768, ge=1, description="a JSON schema or grammar")

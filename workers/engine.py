@@ -28,7 +28,7 @@ from .pool.packs import PackFetcher, PackSource
 from .pool.residency import Residency
 from .report import EngineReport
 from .request import AdapterRef, ErrorCode, GenerationRequest, TokenOutput
-from .sampling.compile_queue import COMPILE_S, CompileQueue
+from .sampling.compile_queue import CompileQueue
 from .sampling.grammar import Grammars
 from .scheduler import Refusal, Scheduler
 from .sequence import Sequence
@@ -165,12 +165,11 @@ class Engine:
     def _accept_compiled(self) -> None:
         if self._compiling and not (self._sequences or self._flight):
             self._compiling.rest(_REST_S)
-        for request, submitted, compiled in self._compiling.take(time.monotonic()):
-            if compiled:
+        for request, submitted, error in self._compiling.take(time.monotonic()):
+            if error is None:
                 self._accept(request, submitted)
             else:
-                text = f"the grammar takes more than {COMPILE_S:.0f} s to compile; make it simpler"
-                self._early.append(_failed(request.request_id, "invalid_grammar", text))
+                self._early.append(_failed(request.request_id, *error))
 
     def _advance(self) -> list[TokenOutput]:
         """Launches a step if there is one, and collects the one before it."""

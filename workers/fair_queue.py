@@ -17,6 +17,7 @@ import math
 from bisect import insort
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Generic, TypeVar
 
 from .fairness import VirtualTokenCounter
@@ -53,6 +54,7 @@ class FairQueue(Generic[T]):
         self._vtc, self._slack = vtc, slack
         self._entries: dict[T, _Entry[T]] = {}
         self._tenants: dict[str, list[_Entry[T]]] = {}  # each by key
+        self._blocked: dict[T, _Entry[T]] = {}  # that waited for room, the longest first
         self._passed: set[str] = set()  # tenants that start nothing more in this round
 
     def __len__(self) -> int:
@@ -85,6 +87,7 @@ class FairQueue(Generic[T]):
     def remove(self, item: T) -> None:
         """It doesn't wait any more, nor has it started."""
         entry = self._entries.pop(item)
+        self._blocked.pop(item, None)
         entries = self._tenants[entry.tenant]
         entries.remove(entry)
         if not entries:
@@ -113,6 +116,7 @@ class FairQueue(Generic[T]):
         entry = self._entries[item]
         if entry.blocked_at is None:
             entry.blocked_at = self._vtc.total
+            self._blocked[item] = entry
 
     def pass_over(self, item: T) -> None:
         """Its tenant has all that it may have for now: others come next, within the slack."""
@@ -160,9 +164,7 @@ class FairQueue(Generic[T]):
     def _overdue(self) -> list[_Entry[T]]:
         """Longest waiting first."""
         latest = self._vtc.total - self._slack
-        overdue = [
-            e for e in self._entries.values() if e.blocked_at is not None and e.blocked_at <= latest
-        ]
+        overdue = takewhile(lambda e: (e.blocked_at or 0.0) <= latest, self._blocked.values())
         return sorted(overdue, key=lambda e: (e.blocked_at, e.key))
 
     def _leave_if_idle(self, tenant: str) -> None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import Field, StrictInt
 from starlette.datastructures import FormData, UploadFile
 from starlette.responses import Response
 
@@ -17,6 +17,7 @@ from ..adapter_json import alias_json
 from ..errors import ApiError
 from .answers import JsonResponse
 from .auth import Caller
+from .closed_model import ClosedModel
 from .deps import GatewayDeps
 from .resolve import ModelResolver
 
@@ -43,9 +44,7 @@ _FORM = {
 }
 
 
-class RollbackBody(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class RollbackBody(ClosedModel):
     version: StrictInt | None = Field(None, ge=1, description="none: the one before")
 
 

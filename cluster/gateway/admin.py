@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import Field, StrictInt, StrictStr
 from starlette.responses import Response
 
 from ...adapter_store import KeyNotFound, TenantExists, TenantLimits, TenantNotFound, check_name
@@ -13,6 +13,7 @@ from ..adapter_json import iso_time
 from ..errors import ApiError
 from .adapters import purge
 from .answers import JsonResponse
+from .closed_model import ClosedModel
 from .deps import GatewayDeps
 from .freshness import GenerationWatch
 
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
 MAX_LIMIT = 10**15  # within it, floats count one by one
 
 
-class LimitsBody(BaseModel):
+class LimitsBody(ClosedModel):
     """Absent: unchanged (unlimited for a new tenant). null: unlimited."""
-
-    model_config = ConfigDict(extra="forbid")
 
     requests_per_minute: StrictInt | None = Field(None, ge=1, le=MAX_LIMIT)
     tokens_per_minute: StrictInt | None = Field(None, ge=1, le=MAX_LIMIT)
@@ -35,22 +34,16 @@ class LimitsBody(BaseModel):
     weight: float = Field(1.0, ge=0.001, le=1000, description="share of the compute")
 
 
-class TenantBody(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class TenantBody(ClosedModel):
     name: StrictStr
     limits: LimitsBody | None = None
 
 
-class TenantChange(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class TenantChange(ClosedModel):
     limits: LimitsBody
 
 
-class KeyBody(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class KeyBody(ClosedModel):
     label: StrictStr = Field("", max_length=100)
 
 

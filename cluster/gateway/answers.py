@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MAX_PARAM_CHARS = 200  # names within a body may be as long as the body
+
 
 class JsonResponse(Response):
     """JSON without escapes for other scripts; never NaN."""
@@ -76,7 +78,7 @@ def from_validation(error: RequestValidationError) -> ApiError:
     root = _path(first["loc"])
     paths = [_path(item["loc"]) for item in errors]
     best = max((p for p in paths if p[: len(root)] == root), key=len)
-    param = ".".join(best) or None
+    param = ".".join(best)[:_MAX_PARAM_CHARS] or None
     if first["type"] == "missing":
         if param is None:
             return ApiError(400, "missing_body", "a JSON body is needed")
@@ -96,6 +98,7 @@ def _from_http(error: HTTPException) -> ApiError:
     codes = {
         404: ("not_found", "there is no such path; see /docs"),
         405: ("method_not_allowed", "this path doesn't take this method; see /docs"),
+        408: ("body_too_slow", str(error.detail)),
         413: ("body_too_large", str(error.detail)),
     }
     code, message = codes.get(error.status_code, ("invalid_request", str(error.detail)))

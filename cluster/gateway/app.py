@@ -19,7 +19,12 @@ from .completions import completions_router
 from .deps import GatewayDeps
 from .freshness import GenerationWatch
 from .health import health_router
-from .middleware import BodyLimitMiddleware, OpenLimitMiddleware, RequestMiddleware
+from .middleware import (
+    BodyLimitMiddleware,
+    OpenLimitMiddleware,
+    RequestMiddleware,
+    TenantShareMiddleware,
+)
 from .models import models_router
 from .presigned import presigned_router
 from .resolve import ModelResolver
@@ -59,6 +64,7 @@ def build_gateway(deps: GatewayDeps, *, sends_request_id: bool = True) -> FastAP
     install_error_handlers(app, deps.metrics)
     # The last one added sees a request first.
     app.add_middleware(BodyLimitMiddleware, deps=deps)
+    app.add_middleware(TenantShareMiddleware, deps=deps)
     app.add_middleware(AuthMiddleware, deps=deps, authenticator=Authenticator(deps, watch))
     app.add_middleware(OpenLimitMiddleware, deps=deps)
     app.add_middleware(RequestMiddleware, deps=deps, sends_id=sends_request_id)

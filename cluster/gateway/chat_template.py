@@ -121,7 +121,7 @@ class ChatTemplate:
         }
         try:
             return self._template.render(names)
-        except (_TemplateRefusal, jinja2.TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever Python raises for variables of another kind
             raise ApiError(
                 400,
                 "invalid_messages",

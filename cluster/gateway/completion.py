@@ -24,6 +24,9 @@ from .sampling import Plan
 from .structured import check
 
 LONG_TEXT_CHARS = 8192  # longer prompts are tokenized in a thread
+# Of one prompt, with their alternatives: reading and writing so many takes half a second of the
+# event loop that all streams share.
+MAX_PROMPT_LOGPROBS = 100_000
 
 
 class Shape(Protocol):
@@ -88,7 +91,7 @@ async def encode(
     """Raises ApiError 400 for text that isn't Unicode, or that can't fit the context."""
     most_chars = deps.tokenizer.chars_per_token
     if most_chars is not None and len(text) > deps.max_context * most_chars:
-        raise _too_long(deps, f"{len(text)} characters, which are more tokens than that", param)
+        raise too_long(deps, f"{len(text)} characters, which are more tokens than that", param)
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
@@ -130,6 +133,7 @@ async def prepare(
                 f"for {room} tokens",
                 param="min_tokens",
             )
+        _check_prompt_logprobs(plan, len(prompt))
         expected = room if plan.max_tokens is not None else min(room, OPEN_END_TOKENS)
         estimate += len(prompt) + plan.n * expected
         for k in range(plan.n):
@@ -151,7 +155,7 @@ async def prepare(
                     ),
                 )
             )
-    await check(deps, plan.sampling.grammar)
+    await check(deps, plan.sampling.grammar, plan.grammar_param)
     reservation = await reserve(deps, caller, estimate)
     return Work(
         caller=caller,
@@ -180,10 +184,23 @@ def _room(deps: GatewayDeps, plan: Plan, prompt_tokens: int, param: str) -> int:
     if rest >= (wanted or 1):
         return wanted or rest
     asked = f" and {wanted} for the answer" if wanted else ""
-    raise _too_long(deps, f"{prompt_tokens}{asked}", param)
+    raise too_long(deps, f"{prompt_tokens}{asked}", param)
 
 
-def _too_long(deps: GatewayDeps, size: str, param: str) -> ApiError:
+def _check_prompt_logprobs(plan: Plan, prompt_tokens: int) -> None:
+    top = plan.sampling.prompt_logprobs
+    if top is not None and prompt_tokens * (1 + top) > MAX_PROMPT_LOGPROBS:
+        param = "logprobs" if plan.prompt_top is None else "prompt_logprobs"
+        raise ApiError(
+            400,
+            "invalid_value",
+            f"{param}: {top} alternatives of {prompt_tokens} prompt tokens are asked for; tokens "
+            f"and alternatives together may be {MAX_PROMPT_LOGPROBS}",
+            param=param,
+        )
+
+
+def too_long(deps: GatewayDeps, size: str, param: str) -> ApiError:
     return ApiError(
         400,
         "context_length_exceeded",

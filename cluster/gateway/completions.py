@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from ..errors import ApiError
 from .assembler import TokenText, prompt_tokens
-from .completion import encode, find_prompt_logprobs, join, prepare
+from .completion import encode, find_prompt_logprobs, join, prepare, too_long
 from .deps import GatewayDeps
 from .generation import ChoiceEvent, Job
 from .logprobs import completion_logprobs, prompt_logprobs
@@ -127,14 +127,10 @@ def completions_router(deps: GatewayDeps, resolver: ModelResolver) -> APIRouter:
     return router
 
 
-def _text(deps: GatewayDeps, prompt: str | list[int]) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return deps.tokenizer.decode(prompt, skip_special_tokens=False)
-
-
 async def _encode(deps: GatewayDeps, prompt: str | list[int], special: bool) -> list[int]:
     if isinstance(prompt, str):
         return await encode(deps, prompt, "prompt", add_special_tokens=special)
+    if len(prompt) > deps.max_context:  # a body has room for millions, to be checked and echoed
+        raise too_long(deps, str(len(prompt)), "prompt")
     check_token_ids(prompt, deps.tokenizer.vocab_size, "prompt")
     return prompt

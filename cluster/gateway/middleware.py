@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 import uuid
+from collections import Counter
 
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -22,6 +24,9 @@ logger = logging.getLogger(__name__)
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _QUIET = frozenset({"/health", "/ready"})  # asked for every few seconds, by machines
 CLIENT_CLOSED = 499  # nginx's number for a client that went away
+# A body may take so long: this, and its largest allowed size at a slow client's rate.
+BODY_S = 30.0
+BODY_BYTES_PER_S = 100_000
 MULTIPART_OVERHEAD = 1 << 20  # boundaries, headers and adapter_config.json
 
 
@@ -101,12 +106,8 @@ class OpenLimitMiddleware:
             await self._app(scope, receive, send)
             return
         if self._open >= self._limit:
-            error = ApiError(
-                503,
-                "gateway_overloaded",
-                f"this gateway has {self._open} requests open, which is its limit; try again later",
-                kind="server_error",
-                headers={"retry-after": str(RETRY_AFTER_S)},
+            error = overloaded(
+                f"this gateway has {self._open} requests open, which is its limit; try again later"
             )
             await error_response(error)(scope, receive, send)
             return
@@ -117,8 +118,50 @@ class OpenLimitMiddleware:
             self._open -= 1
 
 
+class TenantShareMiddleware:
+    """Refuses a tenant's requests beyond as many as there are places free: one alone gets half of
+    them, and whatever it opens, there is room for others. Behind the check of keys."""
+
+    def __init__(self, app: ASGIApp, deps: GatewayDeps) -> None:
+        self._app = app
+        self._limit = deps.settings.max_open_requests
+        self._open: Counter[str] = Counter()  # by tenant
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
+        tenant = scope["state"]["caller"].tenant_id
+        mine, free = self._open[tenant], self._limit - self._open.total()
+        if mine >= free:
+            error = overloaded(
+                f"you have {mine} requests open at this gateway, which is your limit while it has "
+                f"{free} places left; wait for some of them to end"
+            )
+            await error_response(error)(scope, receive, send)
+            return
+        self._open[tenant] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._open[tenant] -= 1
+            if not self._open[tenant]:
+                del self._open[tenant]
+
+
+def overloaded(message: str) -> ApiError:
+    return ApiError(
+        503,
+        "gateway_overloaded",
+        message,
+        kind="server_error",
+        headers={"retry-after": str(RETRY_AFTER_S)},
+    )
+
+
 class BodyLimitMiddleware:
-    """Refuses bodies over the settings' caps: by their stated length, else while they are read."""
+    """Refuses bodies over the settings' caps, by their stated length or else while they are read,
+    and those that don't come: who sends half a body mustn't hold a place for ever."""
 
     def __init__(self, app: ASGIApp, deps: GatewayDeps) -> None:
         self._app = app
@@ -140,12 +183,23 @@ class BodyLimitMiddleware:
             error = ApiError(413, "body_too_large", message)
             await error_response(error)(scope, receive, send)
             return
-        seen = 0
+        seen, whole = 0, False
+        allowed_s = BODY_S + limit / BODY_BYTES_PER_S
+        deadline = asyncio.get_running_loop().time() + allowed_s
 
         async def receive_on() -> Message:
-            nonlocal seen
-            part = await receive()
+            nonlocal seen, whole
+            if whole:  # only a disconnect can come
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    part = await receive()
+            except TimeoutError:
+                raise HTTPException(
+                    408, f"the body wasn't there within {allowed_s:.0f} s; {seen} bytes came"
+                ) from None
             if part["type"] == "http.request":
+                whole = not part.get("more_body", False)
                 seen += len(part.get("body", b""))
                 if seen > limit:
                     raise HTTPException(413, message)

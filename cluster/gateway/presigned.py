@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import Field, StrictInt, StrictStr
 from starlette.responses import Response
 
 from ...adapter_store import NotFound, show
@@ -15,13 +15,12 @@ from ..uploads import UploadRecord
 from .adapters import check_new_name
 from .answers import JsonResponse
 from .auth import Caller
+from .closed_model import ClosedModel
 from .deps import GatewayDeps
 from .resolve import ModelResolver
 
 
-class UploadBody(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class UploadBody(ClosedModel):
     name: StrictStr
     weights_bytes: StrictInt | None = Field(
         None, ge=1, description="size of the weights; the URL then takes no other"

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .answers import JsonResponse, to_json
+from .answers import to_json
 from .completion import Work
 from .deps import GatewayDeps
 from .event_stream import DONE, ClientGone, EventStream, unless_gone
@@ -40,7 +40,7 @@ async def respond(deps: GatewayDeps, request: Request, work: Work) -> Response:
         _close(deps, work)
         raise
     _close(deps, work)
-    return JsonResponse(body, headers=work.headers)
+    return Response(body, media_type="application/json", headers=work.headers)
 
 
 def _close(deps: GatewayDeps, work: Work) -> None:
@@ -70,21 +70,28 @@ async def _observed(
             yield item
 
 
-async def _collect(work: Work, events: AsyncGenerator[ChoiceEvent, None]) -> dict[str, Any]:
+async def _collect(work: Work, events: AsyncGenerator[ChoiceEvent, None]) -> bytes:
     by_choice: list[list[ChoiceEvent]] = [[] for _ in work.jobs]
     async with aclosing(events):
         async for item in events:
             by_choice[item.job.index].append(item)
-    return {
+    choices = []
+    for items in by_choice:
+        choices.append(to_json(work.shape.whole(items)))
+        await asyncio.sleep(0)  # one with its prompt's logprobs takes its time, and others wait
+    head = {
         "id": work.request_id,
         "object": work.shape.full_object,
         "created": work.created,
         "model": work.target.name,
-        "choices": [work.shape.whole(items) for items in by_choice],
+    }
+    tail = {
         **work.shape.beside(by_choice[0]),
         "usage": work.usage.body(),
         "loraplex": work.extension(),
     }
+    parts = to_json(head)[:-1], b",".join(choices), to_json(tail)[1:]
+    return b'%b,"choices":[%b],%b' % parts
 
 
 async def _stream(

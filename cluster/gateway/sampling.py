@@ -32,6 +32,7 @@ class Plan:
         prompt_top: the same for the prompt's tokens in `prompt_logprobs`.
         echo: the prompt's text comes first in the answer.
         score_only: nothing is generated, the prompt alone is answered (max_tokens 0).
+        grammar_param: the request's field that gave `sampling.grammar`.
         priority: among the tenant's requests, lower goes first.
         queue_timeout_s: seconds until it has to be begun; None: whenever.
     """
@@ -46,6 +47,7 @@ class Plan:
     echo: bool = False
     score_only: bool = False
     skip_special_tokens: bool = True
+    grammar_param: str = ""
     priority: int = 0
     queue_timeout_s: float | None = None
 
@@ -129,6 +131,9 @@ def _plan(
             "prompt_logprobs aren't part of streams; leave out one of prompt_logprobs and stream",
             param="prompt_logprobs",
         )
+    grammar, grammar_param = grammar_of(
+        body.response_format, body.structured_outputs, settings.max_grammar_bytes
+    )
     min_tokens = body.min_tokens or 0
     if max_tokens is not None and min_tokens > max_tokens:
         raise ApiError(
@@ -152,9 +157,7 @@ def _plan(
             prompt_logprobs=body.prompt_logprobs,
             stop_token_ids=tuple(stop_ids),
             ignore_eos=bool(body.ignore_eos),
-            grammar=grammar_of(
-                body.response_format, body.structured_outputs, settings.max_grammar_bytes
-            ),
+            grammar=grammar,
         ),
         max_tokens=max_tokens,
         # Drawn here, so that a request that moves to another group draws the same tokens again.
@@ -164,6 +167,7 @@ def _plan(
         top=top,
         prompt_top=body.prompt_logprobs,
         skip_special_tokens=body.skip_special_tokens is not False,
+        grammar_param=grammar_param,
         priority=body.priority or 0,
         queue_timeout_s=body.queue_timeout,
     )

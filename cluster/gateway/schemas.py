@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 from ...adapter_store import show
 from ..errors import ApiError
+from .closed_model import ClosedModel
 from .structured import ResponseFormat, StructuredOutputs
 
 # Numbers that JSON clients write as integers are fine ("temperature": 1); strings are not.
@@ -15,8 +16,15 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True)]
 Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
+# The first wrong item is told of alone: with an error for each, a body of some megabytes would hold
+# up the event loop for many seconds, and take gigabytes.
+_OneError = Field(fail_fast=True)
+Texts = Annotated[list[StrictStr], _OneError]
+Ids = Annotated[list[StrictInt], _OneError]
 
 SEED_BITS = 63
+MAX_MESSAGES = 16384  # of one conversation: each costs some microseconds of the event loop
+_MAX_NAME_CHARS = 200  # of a field's name in an error
 
 # Fields of OpenAI's API that change nothing about the answer here.
 HARMLESS_FIELDS = frozenset(
@@ -84,13 +92,15 @@ class GenerationBody(BaseModel):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Number | None = Field(None, gt=0, le=100, description="1: off")
-    logit_bias: dict[StrictStr, Bias] | None = Field(None, description="token id to what is added")
+    logit_bias: Annotated[dict[StrictStr, Bias], _OneError] | None = Field(
+        None, description="token id to what is added"
+    )
     prompt_logprobs: Count | None = Field(None, ge=0)
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     n: Count | None = Field(None, ge=1)
-    stop: StrictStr | list[StrictStr] | None = None
-    stop_token_ids: list[StrictInt] | None = None
+    stop: StrictStr | Texts | None = None
+    stop_token_ids: Ids | None = None
     seed: Count | None = None
     ignore_eos: StrictBool | None = False
     priority: Count | None = Field(
@@ -104,19 +114,20 @@ class GenerationBody(BaseModel):
     def refuse_unsupported(self) -> None:
         """Raises ApiError 400 for fields that nobody knows and features that aren't there."""
         for name, value in (self.model_extra or {}).items():
+            param = name[:_MAX_NAME_CHARS]
             if name in HARMLESS_FIELDS:
                 continue
             if name == "best_of" and value == (self.n or 1):
                 continue
             if name not in _NEUTRAL:
                 message = f"unknown parameter: {show(name)}"
-                raise ApiError(400, "unknown_parameter", message, param=name)
+                raise ApiError(400, "unknown_parameter", message, param=param)
             if not any(_same(value, neutral) for neutral in _NEUTRAL[name]):
                 raise ApiError(
                     400,
                     "unsupported_parameter",
                     f"{show(name)} is not supported by this service; leave it out",
-                    param=name,
+                    param=param,
                 )
 
     @property
@@ -135,9 +146,7 @@ def _same(value: Any, neutral: Any) -> bool:
     return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class TextPart(ClosedModel):
     type: Literal["text"]
     text: StrictStr
 
@@ -148,7 +157,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: StrictStr | list[TextPart] | None = None
+    content: StrictStr | Annotated[list[TextPart], _OneError] | None = None
     name: StrictStr | None = None
 
     def for_template(self, index: int) -> dict[str, Any]:
@@ -156,11 +165,12 @@ class Message(BaseModel):
         where = f"messages.{index}"
         for field, value in (self.model_extra or {}).items():
             if value not in (None, [], {}):
+                param = f"{where}.{field}"[:_MAX_NAME_CHARS]
                 raise ApiError(
                     400,
                     "unsupported_parameter",
-                    f"{where}.{field} is not supported by this service; leave it out",
-                    param=f"{where}.{field}",
+                    f"{param} is not supported by this service; leave it out",
+                    param=param,
                 )
         if self.content is None and self.role != "assistant":
             raise ApiError(
@@ -183,7 +193,7 @@ class Message(BaseModel):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_completion_tokens: Count | None = Field(None, ge=1)
     logprobs: StrictBool | None = False
     top_logprobs: Count | None = Field(None, ge=0)
@@ -194,7 +204,7 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """POST /v1/completions. `prompt`: a text, texts, token ids, or lists of token ids."""
 
-    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    prompt: StrictStr | Texts | Ids | Annotated[list[Ids], _OneError]
     echo: StrictBool | None = False
     logprobs: Count | None = Field(None, ge=0)
     add_special_tokens: StrictBool = True

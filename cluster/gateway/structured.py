@@ -6,10 +6,11 @@ import json
 from functools import lru_cache
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
+from pydantic import Field, StrictBool, StrictStr
 
 from ...workers import Grammar, GrammarInvalid, check_grammar
 from ..errors import ApiError
+from .closed_model import ClosedModel
 from .deps import GatewayDeps
 
 _REMEMBERED = 256  # grammars whose verdict is kept
@@ -17,10 +18,8 @@ _ANY_OBJECT = '{"type":"object"}'
 _KINDS = ("json_schema", "regex", "choice", "grammar", "json_object")
 
 
-class JsonSchemaFormat(BaseModel):
+class JsonSchemaFormat(ClosedModel):
     """The schema is followed to the letter whatever `strict` says."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: StrictStr | None = None
     description: StrictStr | None = None
@@ -28,29 +27,25 @@ class JsonSchemaFormat(BaseModel):
     strict: StrictBool | None = None
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class ResponseFormat(ClosedModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(ClosedModel):
     """One of its fields. `json` may be a schema as text, `grammar` is in Lark or GBNF."""
-
-    model_config = ConfigDict(extra="forbid")
 
     json_schema: dict[str, Any] | StrictStr | None = Field(None, alias="json")
     regex: StrictStr | None = None
-    choice: list[StrictStr] | None = None
+    choice: list[StrictStr] | None = Field(None, fail_fast=True)
     grammar: StrictStr | None = None
     json_object: StrictBool | None = None
 
 
 def grammar_of(
     response_format: ResponseFormat | None, structured: StructuredOutputs | None, max_bytes: int
-) -> Grammar | None:
-    """What the answer must look like; None: anything.
+) -> tuple[Grammar | None, str]:
+    """What the answer must look like, None: anything; and the field that says so.
 
     Raises:
         ApiError: 400 for two forms at once, for none, and for one above `max_bytes`.
@@ -61,21 +56,24 @@ def grammar_of(
     if structured is not None:
         grammars.append((_of_structured(structured), "structured_outputs"))
     if not grammars:
-        return None
+        return None, ""
     grammar, param = grammars[0]
     if len(grammars) > 1:
         raise _invalid("response_format and structured_outputs are both given", param)
     size = len(grammar.text.encode(errors="replace"))
     if size > max_bytes:
         raise _invalid(f"{param} has {size} bytes, at most {max_bytes} are allowed", param)
-    return grammar
+    return grammar, param
 
 
-async def check(deps: GatewayDeps, grammar: Grammar | None) -> None:
-    """Compiles a grammar, unless that was done lately. Raises ApiError 400 when it fails."""
+async def check(deps: GatewayDeps, grammar: Grammar | None, param: str) -> None:
+    """Compiles a grammar, unless that was done lately. Raises ApiError 400 when it fails.
+
+    Args:
+        param: the request's field that it stands in.
+    """
     if grammar is not None and (error := await deps.in_thread(_compile_error, grammar)):
         message = f"the answer can't be made to follow this {grammar.kind}: {error}"
-        param = "response_format" if grammar.kind == "json_schema" else "structured_outputs"
         raise ApiError(400, "invalid_grammar", message, param=param)
 
 
@@ -99,7 +97,9 @@ def _of_format(given: ResponseFormat) -> Grammar | None:
     if given.json_schema is None:
         raise _invalid("response_format.json_schema is missing", "response_format.json_schema")
     schema = given.json_schema.schema_
-    return Grammar("json_schema", _ANY_OBJECT if schema is None else _text(schema))
+    return Grammar(
+        "json_schema", _ANY_OBJECT if schema is None else _text(schema, "response_format")
+    )
 
 
 def _of_structured(given: StructuredOutputs) -> Grammar:
@@ -116,17 +116,18 @@ def _of_structured(given: StructuredOutputs) -> Grammar:
     if given.grammar is not None:
         return Grammar("grammar", given.grammar)
     if given.choice is not None:
-        return Grammar("choice", _text(given.choice))
+        return Grammar("choice", _text(given.choice, "structured_outputs"))
     schema = given.json_schema
-    return Grammar("json_schema", schema if isinstance(schema, str) else _text(schema))
+    text = schema if isinstance(schema, str) else _text(schema, "structured_outputs")
+    return Grammar("json_schema", text)
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, param: str) -> str:
     # The order of properties is part of a schema's meaning: it is that of the answer.
     try:
         return json.dumps(value, allow_nan=False, separators=(",", ":"))
     except (ValueError, RecursionError) as error:
-        raise _invalid(f"the schema isn't JSON: {error}", "response_format") from None
+        raise _invalid(f"the schema isn't JSON: {error}", param) from None
 
 
 def _invalid(message: str, param: str) -> ApiError:

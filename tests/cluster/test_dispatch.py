@@ -15,7 +15,14 @@ import pytest
 from loraplex.cluster.connection import GroupConnection, GroupLost
 from loraplex.cluster.control.table import GroupEntry, RoutingTable
 from loraplex.cluster.dispatch import Dispatcher, DispatchLimits
-from loraplex.workers import AdapterRef, FrontConfig, GenerationRequest, GroupFront, SamplingParams
+from loraplex.workers import (
+    AdapterRef,
+    FrontConfig,
+    GenerationRequest,
+    GroupFront,
+    SamplingParams,
+    TokenOutput,
+)
 
 from tests.workers import fake_group as fake
 
@@ -433,3 +440,101 @@ def test_gateways_and_fronts_import_neither_torch_nor_ray():
     )
     got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert got.stdout.strip() == "[]"
+
+
+class Scripted(GroupConnection):
+    """Groups that do what a test says: `script[group]` holds, for each request that is opened,
+    the outputs that it gets, the last of which may be an exception."""
+
+    script: dict[str, list[list[TokenOutput | Exception]]]
+    opened: list[tuple[str, GenerationRequest]]
+
+    def start(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+    @property
+    def connected(self) -> bool:
+        return True
+
+    def open(self, request: GenerationRequest):
+        self.opened.append((self.group, request))
+        answers = iter(self.script[self.group].pop(0))
+
+        class Stream:
+            async def next(self):
+                answer = next(answers)
+                if isinstance(answer, Exception):
+                    raise answer
+                return answer
+
+            def close(self):
+                pass
+
+        return Stream()
+
+
+def scripted(patch: pytest.MonkeyPatch, **script: list[list[TokenOutput | Exception]]):
+    """Dispatches to groups "a", "b", ... that follow their scripts; what was opened."""
+    opened: list[tuple[str, GenerationRequest]] = []
+    kind = type("Scripted", (Scripted,), {"script": script, "opened": opened})
+    patch.setattr("loraplex.cluster.dispatch.GroupConnection", kind)
+    patch.setattr("loraplex.cluster.dispatch._FULL_S", 0.02)
+    return Controller(*(GroupEntry("d", name, "127.0.0.1", 1) for name in script)), opened
+
+
+FULL = TokenOutput("r", finish_reason="error", error_code="overloaded", error="full")
+
+
+def some(*tokens: int, end: bool = False) -> TokenOutput:
+    return TokenOutput("r", list(tokens), finish_reason="length" if end else None)
+
+
+async def test_a_group_that_was_full_at_first_may_go_on_with_what_another_lost(monkeypatch):
+    controller, opened = scripted(
+        monkeypatch,
+        a=[[FULL], [some(3, end=True)]],
+        b=[[some(1), some(2), GroupLost("gone")]],
+    )
+    async with dispatcher(controller, wait=False) as made:
+        tokens, last = await collect(made, request("r", max_tokens=3))
+    assert (tokens, last.finish_reason) == ([1, 2, 3], "length")
+    assert [(group, r.output_ids) for group, r in opened] == [("a", ()), ("b", ()), ("a", (1, 2))]
+
+
+async def test_what_has_begun_waits_for_room_and_what_has_not_is_refused_at_once(monkeypatch):
+    lost = [some(1), GroupLost("gone")]
+    controller, opened = scripted(
+        monkeypatch, a=[lost], b=[[FULL], [FULL], [FULL], [some(2, end=True)], [FULL]]
+    )
+    async with dispatcher(controller, wait=False) as made:
+        made._choose = lambda table, ask, loads, exclude: choose(
+            table, ask, loads, exclude | ({"a"} if opened else set())
+        )
+        tokens, last = await collect(made, request("r", max_tokens=2))
+        assert (tokens, last.error_code) == ([1, 2], None)
+        assert [group for group, _ in opened] == ["a", *"bbbb"]
+        _, last = await collect(made, request("r", max_tokens=2))
+        assert last.error_code == "overloaded"
+        assert [group for group, _ in opened] == ["a", *"bbbbb"]
+
+
+async def test_a_full_group_is_not_asked_for_ever(monkeypatch):
+    controller, _ = scripted(
+        monkeypatch, a=[[some(1), GroupLost("gone")]], b=[[FULL] for _ in range(1000)]
+    )
+    limits = DispatchLimits(patience_s=0.1, continuation_patience_s=0.2, poll_s=0.05)
+    async with dispatcher(controller, limits, wait=False) as made, asyncio.timeout(5):
+        tokens, last = await collect(made, request("r", max_tokens=2))
+    assert (tokens, last.error_code) == ([1], "overloaded")
+
+
+async def test_an_answer_that_is_whole_is_no_failure_however_often_its_groups_failed(monkeypatch):
+    script = {name: [[some(i), GroupLost("gone")]] for i, name in enumerate("abc")}
+    controller, _ = scripted(monkeypatch, **script)
+    limits = DispatchLimits(max_continuations=2, poll_s=0.05)
+    async with dispatcher(controller, limits, wait=False) as made:
+        tokens, last = await collect(made, request("r", max_tokens=3))
+    assert (tokens, last.finish_reason, last.error_code) == ([0, 1, 2], "length", None)

@@ -371,7 +371,7 @@ BAD_REQUESTS = [
         "invalid_grammar",
         "structured_outputs",
     ),
-    ({"structured_outputs": {"json": "{"}}, "invalid_grammar", "response_format"),
+    ({"structured_outputs": {"json": "{"}}, "invalid_grammar", "structured_outputs"),
     ({"guided_json": {"type": "object"}}, "unsupported_parameter", "guided_json"),
     ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
     ({"best_of": 3}, "unsupported_parameter", "best_of"),
@@ -677,9 +677,9 @@ async def test_one_failed_choice_ends_the_others(bench):
 
 async def test_a_full_gateway_says_when_to_come_again_and_answers_probes():
     bench = make_bench(MemoryStore(), max_open_requests=3)
-    tenant = bench.tenant("acme")
+    tenant, *others = (bench.tenant(name) for name in ("acme", "b", "c"))
     bench.dispatcher.gate = asyncio.Event()
-    open_ = [asyncio.create_task(chat(bench, tenant.key)) for _ in range(3)]
+    open_ = [asyncio.create_task(chat(bench, t.key)) for t in (tenant, *others)]
     async with asyncio.timeout(10):
         while len(bench.dispatcher.requests) < 3:
             await asyncio.sleep(0.01)

@@ -21,6 +21,7 @@ from loraplex.workers import (
     check_grammar,
 )
 from loraplex.workers.sampling.grammar import MAX_CHOICES, Grammars, fill_masks
+from loraplex.workers.sampling.grammar_conjunctions import check_conjunctions
 from loraplex.workers.sampling.grammar_limits import check_multiples
 from loraplex.workers.sampling.sampler import Draw, SamplingBatch, sample
 from tokenizers import Tokenizer
@@ -196,6 +197,60 @@ def test_a_grammar_that_doubles_itself_is_refused_early(levels, notation):
     check_grammar(doubling(3, notation))
 
 
+def patterns(count: int) -> list[dict[str, str]]:
+    return [{"type": "string", "pattern": f"w{i}"} for i in range(count)]
+
+
+def by_names(count: int) -> dict[str, Any]:
+    """Each definition says one pattern more than the one before."""
+    named = {
+        str(i): {"pattern": f"w{i}", **({"$ref": f"#/$defs/{i - 1}"} if i else {})}
+        for i in range(count)
+    }
+    return {"$defs": named, "$ref": f"#/$defs/{count - 1}"}
+
+
+TOGETHER = [  # what they are, and whether they may be asked for
+    ({"allOf": patterns(3)}, True),
+    ({"allOf": patterns(22)}, False),
+    ({"allOf": [{"properties": {"a": one}} for one in patterns(22)]}, False),
+    ({"allOf": [{"anyOf": [one, {"type": "null"}]} for one in patterns(22)]}, False),
+    ({"type": "object", "properties": dict(enumerate(patterns(16)))}, True),
+    ({"anyOf": patterns(30)}, True),
+    (by_names(4), True),
+    (by_names(22), False),
+    ({"$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}, "$ref": "#/$defs/a"}, True),
+    ({"$defs": {"a": {"allOf": patterns(22)}}, "items": {"$ref": "#/$defs/a"}}, False),
+]
+
+
+@pytest.mark.parametrize(("schema", "allowed"), TOGETHER, ids=[str(s)[:60] for s, _ in TOGETHER])
+def test_patterns_that_would_be_multiplied_out_for_minutes_are_refused(schema, allowed):
+    text = json.dumps(schema)
+    for lark in (False, True):
+        written = f"start: %json {text}" if lark else text
+        if allowed:
+            check_conjunctions(written, lark=lark)
+        else:
+            with pytest.raises(GrammarInvalid, match="apply to one text"):
+                check_grammar(Grammar("grammar" if lark else "json_schema", written))
+
+
+def test_a_number_that_python_refuses_hides_nothing():
+    text = json.dumps({"allOf": patterns(22)})[:-1] + f', "maximum": 1{"0" * 5000}}}'
+    with pytest.raises(GrammarInvalid, match="apply to one text"):
+        check_grammar(Grammar("json_schema", text))
+
+
+def test_a_terminal_of_many_patterns_at_once_is_refused():
+    def terminal(count: int) -> Grammar:
+        return Grammar("grammar", "start: A\nA: " + " & ".join(["/.*w.*/"] * count))
+
+    check_grammar(terminal(5))
+    with pytest.raises(GrammarInvalid, match="& is written 21 times"):
+        check_grammar(terminal(22))
+
+
 MULTIPLES = [  # what they are, and whether they may be asked for
     ({"type": "integer", "multipleOf": 99991}, True),
     ({"type": "integer", "multipleOf": 100_003}, False),
@@ -328,7 +383,7 @@ def test_a_grammar_that_takes_long_holds_nobody_up(demo, monkeypatch):
     try:
         follows = SamplingParams(max_tokens=4, grammar=Grammar("regex", "(ab)+c"))
         plain = SamplingParams(max_tokens=4, ignore_eos=True)
-        for name in ("in time", "late", "aborted"):
+        for name in ("in time", "late", "aborted", "behind"):
             engine.submit(GenerationRequest(name, (5, 6, 7), follows, TENANT))
         engine.submit(GenerationRequest("plain", (5, 6, 7), plain, TENANT))
         engine.abort("aborted")
@@ -344,13 +399,16 @@ def test_a_grammar_that_takes_long_holds_nobody_up(demo, monkeypatch):
         run_until(lambda: ended)
         assert list(ended) == ["plain"]
         waiting = engine._compiling._waiting
-        waiting["late"] = replace(waiting["late"], submitted=0.0)
-        run_until(lambda: len(ended) == 2)
+        for name in ("late", "behind"):
+            waiting[name] = replace(waiting[name], submitted=0.0)
+        run_until(lambda: len(ended) == 3)
         assert ended["late"].error_code == "invalid_grammar"
         assert "takes more than 10 s to compile" in ended["late"].error
+        # Others' grammars kept the threads from its own: another group may take it.
+        assert ended["behind"].error_code == "overloaded"
         go_on.set()
         run_until(lambda: not engine.has_work())
-        assert set(ended) == {"plain", "late", "in time"}
+        assert set(ended) == {"plain", "late", "behind", "in time"}
         assert ended["in time"].error is None
     finally:
         go_on.set()

@@ -109,3 +109,16 @@ def test_alternatives_count_as_held_memory():
     lp = [5, -1.0, 1, [[i, -2.0] for i in range(20)]]
     table.route([{"id": stream.engine_id, "tok": [5], "lp": [lp]}])
     assert table.held_tokens == 22
+
+
+def test_many_slow_streams_of_one_tenant_end_nobody_elses():
+    table, client = StreamTable(100), Client()
+    slow = [table.add(client, f"s{i}", 0, "flood") for i in range(20)]
+    other = table.add(client, "other", 0, "other")
+    table.route([{"id": other.engine_id, "tok": [*range(12)]}])
+    for _ in range(10):
+        running = [s for s in slow if s.request_id in client.streams]
+        table.route([{"id": s.engine_id, "tok": [1]} for s in running])
+        table.trim()
+    assert "other" in client.streams
+    assert table.held_tokens <= 100

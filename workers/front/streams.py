@@ -2,7 +2,7 @@
 
 Pure bookkeeping, no I/O. A stream may be sent `credit` more tokens; what the engine makes beyond
 that is held here until its client grants more, while other streams go on. Held tokens are
-bounded over all streams: past the bound, the stream that holds most is ended.
+bounded over all streams: past the bound, the tenant that holds most loses its largest stream.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ class StreamTable:
         return [o for s in list(client.streams.values()) for o in self._flush(s)]
 
     def trim(self) -> tuple[dict[Client, list[Output]], list[str]]:
-        """Ends the streams that hold most until the bound on held tokens is kept.
+        """Ends streams until the bound on held tokens is kept: the largest of the tenant whose
+        streams hold most together, so that many slow ones of one tenant end nobody else's.
 
         Returns:
             Errors to send to each client, and engine ids to abort.
@@ -161,7 +162,10 @@ class StreamTable:
         errors: dict[Client, list[Output]] = {}
         aborts: list[str] = []
         while self.held_tokens > self._max_held:
-            stream = max(self._holding, key=lambda s: s.held_tokens)
+            holds: Counter[str] = Counter()
+            for held in self._holding:
+                holds[held.tenant] += held.held_tokens
+            stream = max(self._holding, key=lambda s: (holds[s.tenant], s.held_tokens))
             del stream.client.streams[stream.request_id]
             text = (
                 f"the client left {stream.held_tokens} tokens waiting and the group's room for "

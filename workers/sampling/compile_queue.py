@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
-from ..request import GenerationRequest
+from ..request import ErrorCode, GenerationRequest
 from .grammar import Grammars
 
 COMPILE_S = 10.0  # that a request's grammar may take, waiting for others' included
+_SLOW = f"the grammar takes more than {COMPILE_S:.0f} s to compile; make it simpler"
+_BUSY = f"the group has been compiling others' grammars for {COMPILE_S:.0f} s; try again later"
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,22 @@ class CompileQueue:
         if waiting is not None:
             waiting.compiling.cancel()
 
-    def take(self, now: float) -> Iterator[tuple[GenerationRequest, float, bool]]:
-        """Takes out who needn't wait any more: request, when it was submitted, and whether its
-        grammar was compiled in time."""
+    def take(
+        self, now: float
+    ) -> Iterator[tuple[GenerationRequest, float, tuple[ErrorCode, str] | None]]:
+        """Takes out who needn't wait any more: request, when it was submitted, and why it ends
+        if its grammar wasn't compiled in time."""
         for request_id, w in list(self._waiting.items()):
-            if w.compiling.done() or now > w.submitted + COMPILE_S:
-                self.drop(request_id)
-                yield w.request, w.submitted, w.compiling.done() and not w.compiling.cancelled()
+            if w.compiling.done():
+                error = None
+            elif now <= w.submitted + COMPILE_S:
+                continue
+            elif w.compiling.cancel():  # no thread had come to it: that isn't its own fault
+                error = "overloaded", _BUSY
+            else:
+                error = "invalid_grammar", _SLOW
+            del self._waiting[request_id]
+            yield w.request, w.submitted, error
 
     def rest(self, seconds: float) -> None:
         """Waits until one of the grammars is there, for at most so long."""

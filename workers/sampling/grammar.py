@@ -24,6 +24,7 @@ from llguidance import (
 
 from ..errors import GrammarInvalid
 from ..request import Grammar
+from .grammar_conjunctions import check_conjunctions
 from .grammar_limits import check_multiples, limits
 
 MAX_CHOICES = 1024
@@ -188,6 +189,7 @@ def _source(grammar: Grammar) -> str:
     try:
         if grammar.kind in ("json_schema", "grammar"):
             check_multiples(grammar.text)
+            check_conjunctions(grammar.text, lark=grammar.kind == "grammar")
         if grammar.kind == "json_schema":
             return LLMatcher.grammar_from_json_schema(
                 grammar.text,
