@@ -26,6 +26,7 @@ from botocore.exceptions import (
     HTTPClientError,
     IncompleteReadError,
 )
+from s3transfer.exceptions import S3DownloadFailedError, S3ValidationError
 from urllib3.exceptions import HTTPError
 
 from .errors import Conflict, LimitExceeded, NotFound, PreconditionFailed
@@ -49,6 +50,15 @@ _HEADERS = {
     "ServerSideEncryption": "x-amz-server-side-encryption",
     "SSEKMSKeyId": "x-amz-server-side-encryption-aws-kms-key-id",
 }
+
+_ERRORS = (
+    BotoCoreError,
+    ClientError,
+    Boto3Error,
+    HTTPError,
+    S3DownloadFailedError,
+    S3ValidationError,
+)
 
 _session_lock = threading.Lock()  # sessions, unlike clients, belong to one thread at a time
 
@@ -216,7 +226,8 @@ class ObjectStore:
             The number of bytes.
 
         Raises:
-            NotFound. OSError: the file can't be written.
+            NotFound. PreconditionFailed: it was replaced meanwhile.
+            OSError: the file can't be written.
         """
         with self._translated("read", key), self._transfer() as transfer:
             transfer.download_file(self.bucket, self._prefix + key, str(path))
@@ -359,7 +370,7 @@ class ObjectStore:
         """Turns boto's errors into ours."""
         try:
             yield
-        except (BotoCoreError, ClientError, Boto3Error, HTTPError) as error:
+        except _ERRORS as error:
             server = self.endpoint or "AWS"
             raise translate(error, action, self._where(key), server, self.bucket) from error
 

@@ -90,7 +90,8 @@ class SingleFlight(Generic[T]):
             fetch(flight.wanted, deliver)
         except BaseException as error:
             if flight.future.done():
-                logger.warning("%s is here, but then: %s", key, error)
+                if not isinstance(error, FetchCancelled):  # those who waited have theirs
+                    logger.warning("%s is here, but then: %s", key, error)
                 return
             self._land(key, flight)
             flight.future.set_exception(error)
