@@ -294,6 +294,23 @@ class ObjectStore:
                 str(path), self.bucket, self._prefix + key, extra_args=self._encryption
             )
 
+    def end_uploads(self, prefix: str, before: datetime) -> int:
+        """Ends uploads in parts that began before then; how many.
+
+        A killed `upload` leaves its parts, which no listing shows and which are paid for.
+        """
+        ended = 0
+        paginator = self._client.get_paginator("list_multipart_uploads")
+        with self._translated("end uploads of", prefix):
+            for page in paginator.paginate(Bucket=self.bucket, Prefix=self._prefix + prefix):
+                for item in page.get("Uploads", ()):
+                    if item["Initiated"] < before:
+                        self._client.abort_multipart_upload(
+                            Bucket=self.bucket, Key=item["Key"], UploadId=item["UploadId"]
+                        )
+                        ended += 1
+        return ended
+
     def presign_put(
         self, key: str, max_bytes: int, expires_s: int, *, nbytes: int | None = None
     ) -> str:
