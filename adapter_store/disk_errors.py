@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 from collections.abc import Iterator
 
 from .errors import LocalDiskError
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -20,3 +23,12 @@ def disk_errors(doing: str) -> Iterator[None]:
         raise LocalDiskError(
             f"cannot {doing}: {error.strerror or error}; {advice}, or choose another folder"
         ) from error
+
+
+@contextlib.contextmanager
+def logged_disk_errors(doing: str) -> Iterator[None]:
+    """For what is tried again: an OSError ends it with a warning, "cannot `doing`: ..."."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("cannot %s: %s", doing, error)

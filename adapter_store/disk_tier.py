@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .blobs import Blobs
-from .disk_errors import disk_errors
+from .disk_errors import disk_errors, logged_disk_errors
 from .errors import (
     AdapterCorrupt,
     FetchCancelled,
@@ -159,14 +159,17 @@ class DiskTier:
         return {}
 
     def remove(self, key: str) -> None:
-        """Drops a pack unless it is pinned, for which `resident` tells whether to try again.
+        """Drops a pack unless it is pinned or can't be removed now, for which `resident` tells
+        whether to try again.
 
         One that isn't there is no error.
         """
-        evict(self._path(key))
-        with try_file_lock(self._lock_path(key)) as free:
-            if free:
-                self._partial(self._path(key)).remove()
+        path = self._path(key)
+        with logged_disk_errors(f"remove the pack {path}"):
+            evict(path)
+            with try_file_lock(self._lock_path(key)) as free:
+                if free:
+                    self._partial(path).remove()
 
     def keep(self, name: str, keep: bool = True) -> None:
         """Keeps a tenant's packs (`name`: its id) or one ("tenant/digest"), or does so no longer.

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import partial as bind
 from pathlib import Path
 
-from .disk_errors import disk_errors
+from .disk_errors import disk_errors, logged_disk_errors
 from .disk_tier import DiskTier, Location
 from .errors import LocalDiskError, PackCorrupt, PackVersionError
 from .eviction import Speed
@@ -93,10 +93,11 @@ class HostTier:
         return self._arena.resident()
 
     def remove(self, key: str) -> None:
-        """Drops a pack from memory and disk unless it is in use, for which `resident` and
-        `host_resident` tell whether to try again."""
+        """Drops a pack from memory and disk unless it is in use or can't be removed now, for which
+        `resident` and `host_resident` tell whether to try again."""
         self._disk.remove(key)
-        self._arena.remove(key)
+        with logged_disk_errors(f"remove the pack {key} from memory"):
+            self._arena.remove(key)
 
     def keep(self, name: str, keep: bool = True) -> None:
         """As `DiskTier.keep`, for both tiers."""

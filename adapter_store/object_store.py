@@ -26,6 +26,7 @@ from botocore.exceptions import (
     HTTPClientError,
     IncompleteReadError,
 )
+from s3transfer.exceptions import S3DownloadFailedError, S3ValidationError
 from urllib3.exceptions import HTTPError
 
 from .errors import Conflict, LimitExceeded, NotFound, PreconditionFailed
@@ -49,6 +50,15 @@ _HEADERS = {
     "ServerSideEncryption": "x-amz-server-side-encryption",
     "SSEKMSKeyId": "x-amz-server-side-encryption-aws-kms-key-id",
 }
+
+_ERRORS = (
+    BotoCoreError,
+    ClientError,
+    Boto3Error,
+    HTTPError,
+    S3DownloadFailedError,
+    S3ValidationError,
+)
 
 _session_lock = threading.Lock()  # sessions, unlike clients, belong to one thread at a time
 
@@ -216,7 +226,8 @@ class ObjectStore:
             The number of bytes.
 
         Raises:
-            NotFound. OSError: the file can't be written.
+            NotFound. PreconditionFailed: it was replaced meanwhile.
+            OSError: the file can't be written.
         """
         with self._translated("read", key), self._transfer() as transfer:
             transfer.download_file(self.bucket, self._prefix + key, str(path))
@@ -282,6 +293,23 @@ class ObjectStore:
             transfer.upload_file(
                 str(path), self.bucket, self._prefix + key, extra_args=self._encryption
             )
+
+    def end_uploads(self, prefix: str, before: datetime) -> int:
+        """Ends uploads in parts that began before then; how many.
+
+        A killed `upload` leaves its parts, which no listing shows and which are paid for.
+        """
+        ended = 0
+        paginator = self._client.get_paginator("list_multipart_uploads")
+        with self._translated("end uploads of", prefix):
+            for page in paginator.paginate(Bucket=self.bucket, Prefix=self._prefix + prefix):
+                for item in page.get("Uploads", ()):
+                    if item["Initiated"] < before:
+                        self._client.abort_multipart_upload(
+                            Bucket=self.bucket, Key=item["Key"], UploadId=item["UploadId"]
+                        )
+                        ended += 1
+        return ended
 
     def presign_put(
         self, key: str, max_bytes: int, expires_s: int, *, nbytes: int | None = None
@@ -359,7 +387,7 @@ class ObjectStore:
         """Turns boto's errors into ours."""
         try:
             yield
-        except (BotoCoreError, ClientError, Boto3Error, HTTPError) as error:
+        except _ERRORS as error:
             server = self.endpoint or "AWS"
             raise translate(error, action, self._where(key), server, self.bucket) from error
 

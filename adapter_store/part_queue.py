@@ -40,7 +40,11 @@ class PartQueue:
             helpers = min(self._idle, len(batch.left) - 1)
             self._idle -= max(helpers, 0)
         for _ in range(helpers):
-            threading.Thread(target=self._help, name="pack-part", daemon=True).start()
+            try:
+                threading.Thread(target=self._help, name="pack-part", daemon=True).start()
+            except RuntimeError:  # the system has no more: it goes without
+                with self._lock:
+                    self._idle += 1
         while (job := batch.take()) is not None:
             batch.work(job)
         with self._lock:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from boto3.exceptions import S3UploadFailedError
 from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
+from s3transfer.exceptions import S3DownloadFailedError
 
 from .errors import (
     Conflict,
@@ -31,6 +33,10 @@ def translate(error: Exception, action: str, where: str, server: str, bucket: st
         where: URL of the object or prefix.
         server: the endpoint, or "AWS".
     """
+    if isinstance(error, S3UploadFailedError) and isinstance(error.__context__, ClientError):
+        error = error.__context__  # of which boto3 keeps the text alone
+    if isinstance(error, S3DownloadFailedError):  # the parts were of two objects
+        return PreconditionFailed(f"{where} was changed by somebody else")
     if isinstance(error, ClientError):
         return _from_answer(error, action, where, server, bucket)
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):

@@ -59,8 +59,14 @@ class SingleFlight(Generic[T]):
                     flight = self._flights[key] = _Flight()
                 flight.waiting.append(wanted)
             if mine:
-                arguments = (key, flight, fetch)
-                threading.Thread(target=self._fly, args=arguments, daemon=True).start()
+                thread = threading.Thread(target=self._fly, args=(key, flight, fetch), daemon=True)
+                try:
+                    thread.start()
+                except (
+                    RuntimeError
+                ) as error:  # the system has no more: nobody may wait for this one
+                    self._land(key, flight)
+                    flight.future.set_exception(error)
             while True:
                 try:
                     return flight.future.result(_POLL_S)
@@ -90,7 +96,8 @@ class SingleFlight(Generic[T]):
             fetch(flight.wanted, deliver)
         except BaseException as error:
             if flight.future.done():
-                logger.warning("%s is here, but then: %s", key, error)
+                if not isinstance(error, FetchCancelled):  # those who waited have theirs
+                    logger.warning("%s is here, but then: %s", key, error)
                 return
             self._land(key, flight)
             flight.future.set_exception(error)

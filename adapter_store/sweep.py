@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from . import layout
 from .blobs import Blobs
 from .catalogue import Catalogue
-from .errors import TenantNotFound
+from .errors import StoreError, TenantNotFound
 from .object_store import ObjectStore
+
+logger = logging.getLogger(__name__)
 
 # Longer than any upload or ingest takes: what is younger may be in use.
 OLDER_THAN_S = 24 * 3600.0
@@ -17,11 +20,12 @@ OLDER_THAN_S = 24 * 3600.0
 
 @dataclass(frozen=True)
 class SweepReport:
-    """How many were removed."""
+    """How many were removed; `writes` broke off in the middle of an object."""
 
     uploads: int
     blobs: int
     tenants: int
+    writes: int
 
 
 def sweep(
@@ -73,4 +77,9 @@ def sweep(
             if (item.digest, item.blob) not in used:
                 blobs.remove(tenant_id, item.digest, item.blob)
                 removed += 1
-    return SweepReport(len(old_uploads), removed, ended)
+    writes = 0
+    try:
+        writes = store.end_uploads(layout.TENANTS, now - timedelta(seconds=older_than_s))
+    except StoreError as error:  # not every store and policy lets us
+        logger.warning("parts of writes that broke off stay in the store: %s", error)
+    return SweepReport(len(old_uploads), removed, ended, writes)

@@ -139,10 +139,15 @@ class Uploads:
         error: dict[str, Any] | None = None,
         adapter: dict[str, Any] | None = None,
     ) -> None:
-        """Writes how an upload ended. Raises NotFound when its tenant was deleted meanwhile."""
+        """Writes how an upload ended. Raises NotFound when its tenant was deleted meanwhile.
+
+        What is ready stays so: of two workers on one upload, the second finds no files.
+        """
         now = int(self._clock())
 
         def change(record: UploadRecord) -> None:
+            if record.status == "ready":
+                return
             record.status, record.updated = status, now
             record.error, record.adapter = error, adapter
 

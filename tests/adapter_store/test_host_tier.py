@@ -431,6 +431,29 @@ def test_packs_outlive_a_restart_of_a_group_that_was_killed(
     assert make(max_bytes=2 * MIB)._arena.nbytes == 4 * MIB  # of those who use it
 
 
+def test_what_cant_be_removed_now_is_no_error_and_goes_later(
+    store: ObjectStore, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks is an engine between two steps: an error would end it."""
+    [digest] = stored(store, tmp_path, 1)
+    tier = make()
+    tier.ensure(TENANT, digest)
+    wait_until(lambda: tier.resident() and not any((tmp_path / "disk" / ".locks").iterdir()))
+    real = os.open
+
+    def no_files(path: Path, *arguments: int, **more: int) -> int:
+        if str(path).startswith((str(tmp_path), "/dev/shm")):
+            raise OSError(24, "Too many open files")
+        return real(path, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", no_files)
+        tier.remove(key(digest))
+    assert list(tier.resident()) == list(tier.host_resident()) == [key(digest)]
+    tier.remove(key(digest))
+    assert (tier.resident(), tier.host_resident()) == ({}, {})
+
+
 def test_single_packs_are_kept_as_they_were_last_told_and_tenants_beside_them(
     store: ObjectStore, make: Make, tmp_path: Path
 ) -> None:

@@ -147,16 +147,42 @@ def test_presigned_urls_expire(store: ObjectStore) -> None:
     assert put_to(url, b"late") == 403
 
 
-def test_wrong_keys_are_denied(s3_server: EmbeddedS3) -> None:
+def test_wrong_keys_are_denied(s3_server: EmbeddedS3, tmp_path: Path) -> None:
     stranger = ObjectStore(
         s3_server.url,
         endpoint=s3_server.endpoint,
         access_key=s3_server.access_key,
         secret_key="wrong" * 8,
     )
-    for ask in (lambda: stranger.get("x"), lambda: stranger.put("x", b""), stranger.check):
+    small, large = (tmp_path / name for name in ("small", "large"))
+    small.write_bytes(b"1")
+    large.write_bytes(bytes(9 << 20))
+    for ask in (
+        lambda: stranger.get("x"),
+        lambda: stranger.put("x", b""),
+        lambda: stranger.upload(small, "x"),
+        lambda: stranger.upload(large, "x"),
+        stranger.check,
+    ):
         with pytest.raises(StoreDenied, match="access key"):
             ask()
+
+
+def test_a_file_is_of_one_object_or_an_error(store: ObjectStore, tmp_path: Path) -> None:
+    """Who holds a presigned URL may replace it while it is read."""
+    store.put("file", bytes(20 << 20))
+    asked = []
+
+    def replace(**_: object) -> None:
+        asked.append(True)
+        if len(asked) == 2:
+            store.put("file", b"1" * (20 << 20))
+
+    events = store._client.meta.events
+    events.register("before-call.s3.GetObject", replace)
+    with pytest.raises(PreconditionFailed, match="changed by somebody else"):
+        store.download("file", tmp_path / "file")
+    assert not (tmp_path / "file").exists()
 
 
 def test_a_missing_bucket_is_named(s3_server: EmbeddedS3) -> None:

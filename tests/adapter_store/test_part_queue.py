@@ -133,3 +133,21 @@ def test_who_comes_as_a_run_is_given_up_starts_another() -> None:
         with pytest.raises(FetchCancelled):
             first.result(5)
     assert len(runs) == 2
+
+
+def test_without_threads_a_run_fails_and_parts_go_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    flights: SingleFlight[int] = SingleFlight()
+    queue, done = PartQueue(3), []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        with pytest.raises(RuntimeError, match="new thread"):
+            flights.run("key", lambda: True, lambda wanted, deliver: deliver(1))
+        queue.run([lambda n=n: done.append(n) for n in range(5)])
+    assert sorted(done) == list(range(5))
+    assert flights.run("key", lambda: True, lambda wanted, deliver: deliver(2)) == 2
+    assert queue._idle == 3

@@ -7,8 +7,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from botocore.exceptions import BotoCoreError
 from loraplex.adapter_store import (
     AdapterNotFound,
     AdapterRefused,
@@ -358,6 +360,27 @@ def test_the_sweep_takes_only_what_is_old_and_unnamed(service: Service) -> None:
     report = sweep(service.store, service.catalogue, now=datetime.now(UTC) + 2 * DAY)
     assert (report.uploads, report.blobs, report.tenants) == (2, 3, 0)
     assert service.keys() == kept
+
+
+def test_the_sweep_ends_what_a_killed_writer_left_in_parts(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, key = service.store._client, f"tenants/{service.tenant_id}/blobs/x/y/pack-v1.bin"
+    place = {"Bucket": service.store.bucket, "Key": service.store._prefix + key}
+    upload_id = client.create_multipart_upload(**place)["UploadId"]
+    client.upload_part(**place, UploadId=upload_id, PartNumber=1, Body=bytes(5 << 20))
+
+    def left() -> int:
+        found = client.list_multipart_uploads(Bucket=place["Bucket"], Prefix=place["Key"])
+        return len(found.get("Uploads", ()))
+
+    assert sweep(service.store, service.catalogue).writes == 0
+    assert left() == 1
+    with monkeypatch.context() as patch:  # a policy that doesn't allow it stops nothing else
+        patch.setattr(client, "abort_multipart_upload", Mock(side_effect=BotoCoreError))
+        assert sweep(service.store, service.catalogue, now=datetime.now(UTC) + 2 * DAY).writes == 0
+    assert sweep(service.store, service.catalogue, now=datetime.now(UTC) + 2 * DAY).writes == 1
+    assert left() == 0
 
 
 def test_the_sweep_waits_for_the_second_file_for_as_long_as_its_url_lives(

@@ -129,8 +129,12 @@ def test_a_failed_upload_may_be_completed_again_and_an_ended_one_not(settings, s
     changed, begun = uploads.begin(tenant.id, record.upload_id)
     assert begun
     assert changed.error is None
-    uploads.finish(tenant.id, record.upload_id, "ready", adapter={})
+    uploads.finish(tenant.id, record.upload_id, "ready", adapter={"version": 1})
     assert not uploads.begin(tenant.id, record.upload_id)[1]
+    # A slow worker's upload was begun again: the second one comes too late for the files.
+    uploads.finish(tenant.id, record.upload_id, "failed", error={"code": "ingest_failed"})
+    ended = uploads.get(tenant.id, record.upload_id)
+    assert (ended.status, ended.error, ended.adapter) == ("ready", None, {"version": 1})
     with pytest.raises(NotFound):
         uploads.get(tenant.id, "../catalogue")
 
