@@ -54,7 +54,7 @@ def build_gateway(deps: GatewayDeps, *, sends_request_id: bool = True) -> FastAP
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            deps.threads.shutdown(wait=False, cancel_futures=True)
+            deps.close()
 
     app = FastAPI(
         title="Loraplex",

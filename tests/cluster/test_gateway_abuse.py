@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 from loraplex.cluster.errors import ApiError
-from loraplex.cluster.gateway import completion, middleware
+from loraplex.cluster.gateway import completion, middleware, structured
 from loraplex.cluster.gateway.chat_template import ChatTemplate
 from loraplex.cluster.gateway.completions import CompletionShape
 from loraplex.cluster.gateway.schemas import ChatBody, CompletionBody
@@ -208,3 +209,24 @@ async def test_an_answer_may_take_longer_than_a_body(bench, monkeypatch):
     asyncio.get_running_loop().call_later(0.2, bench.dispatcher.gate.set)
     response = await post(bench, key, "completions", prompt="a", stream=True)
     assert response.text.endswith("data: [DONE]\n\n")
+
+
+async def test_long_prompts_and_grammars_keep_no_thread_from_the_store(bench, monkeypatch):
+    tenant, go_on = bench.tenant("acme"), threading.Event()
+    slow = lambda self, text, **kw: go_on.wait(10) and [7]  # noqa: E731
+    monkeypatch.setattr(type(bench.deps.tokenizer), "encode", slow)
+    monkeypatch.setattr(completion, "LONG_TEXT_CHARS", 0)
+    monkeypatch.setattr(structured, "_compile_error", lambda grammar: go_on.wait(10) and None)
+    form = {"prompt": [7], "structured_outputs": {"regex": "a"}}
+    asked = [
+        asyncio.create_task(post(bench, tenant.key, "completions", **body))
+        for body in [{"prompt": "a"}, form] * 20
+    ]
+    try:
+        other = bench.tenant("other")  # its key isn't known here yet
+        async with asyncio.timeout(5), bench.client(other.key) as client:
+            assert (await client.get("/v1/models")).status_code == 200
+        assert not go_on.is_set()
+    finally:
+        go_on.set()
+        await asyncio.gather(*asked)
