@@ -13,7 +13,9 @@ from loraplex.cluster.errors import ApiError
 from loraplex.cluster.gateway import completion, middleware, structured
 from loraplex.cluster.gateway.chat_template import ChatTemplate
 from loraplex.cluster.gateway.completions import CompletionShape
+from loraplex.cluster.gateway.deps import COMPUTE_THREADS
 from loraplex.cluster.gateway.schemas import ChatBody, CompletionBody
+from loraplex.workers import Grammar
 from pydantic import ValidationError
 
 from tests.cluster.gateway_fakes import BASE, Bench, make_bench
@@ -213,10 +215,19 @@ async def test_an_answer_may_take_longer_than_a_body(bench, monkeypatch):
 
 async def test_long_prompts_and_grammars_keep_no_thread_from_the_store(bench, monkeypatch):
     tenant, go_on = bench.tenant("acme"), threading.Event()
-    slow = lambda self, text, **kw: go_on.wait(10) and [7]  # noqa: E731
+    begun: list[str] = []
+
+    def slow(*args: Any, **kw: Any) -> Any:
+        begun.append("")
+        go_on.wait(20)
+        return [7]
+
+    def never_wrong(grammar: Grammar) -> None:
+        slow()
+
     monkeypatch.setattr(type(bench.deps.tokenizer), "encode", slow)
     monkeypatch.setattr(completion, "LONG_TEXT_CHARS", 0)
-    monkeypatch.setattr(structured, "_compile_error", lambda grammar: go_on.wait(10) and None)
+    monkeypatch.setattr(structured, "_compile_error", never_wrong)
     form = {"prompt": [7], "structured_outputs": {"regex": "a"}}
     asked = [
         asyncio.create_task(post(bench, tenant.key, "completions", **body))
@@ -224,6 +235,10 @@ async def test_long_prompts_and_grammars_keep_no_thread_from_the_store(bench, mo
     ]
     try:
         other = bench.tenant("other")  # its key isn't known here yet
+        async with asyncio.timeout(10):
+            while len(begun) < COMPUTE_THREADS:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)  # all the threads that they may have
         async with asyncio.timeout(5), bench.client(other.key) as client:
             assert (await client.get("/v1/models")).status_code == 200
         assert not go_on.is_set()
