@@ -9,8 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
+from loraplex.adapter_store import DocumentError
 from loraplex.cluster.errors import ApiError
-from loraplex.cluster.gateway import completion, middleware, structured
+from loraplex.cluster.gateway import app, completion, middleware, structured
 from loraplex.cluster.gateway.chat_template import ChatTemplate
 from loraplex.cluster.gateway.completions import CompletionShape
 from loraplex.cluster.gateway.deps import COMPUTE_THREADS
@@ -245,3 +246,21 @@ async def test_long_prompts_and_grammars_keep_no_thread_from_the_store(bench, mo
     finally:
         go_on.set()
         await asyncio.gather(*asked)
+
+
+async def test_a_background_task_that_fails_is_begun_again(monkeypatch):
+    monkeypatch.setattr(app, "RESTART_S", 0.01)
+    bench, read = make_bench(MemoryStore(), catalogue_poll_s=0.01), 0
+
+    def generation() -> str:
+        nonlocal read
+        read += 1
+        if read == 2:
+            raise DocumentError("the generation can't be read")
+        return str(read)
+
+    monkeypatch.setattr(bench.deps.catalogue, "generation", generation)
+    watched = app.build_gateway(bench.deps)
+    async with watched.router.lifespan_context(watched), asyncio.timeout(10):
+        while read < 4:
+            await asyncio.sleep(0.01)
