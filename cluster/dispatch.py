@@ -208,7 +208,7 @@ class Dispatcher:
             loads = {name: c.load for name, c in usable.items()}
             exclude = {e.group for e in self._table.groups if e.group not in usable}
             ask = Ask(key, prompt_hash, tokens, self._prefixes.cached(blocks))
-            entry = self._choose(self._table, ask, loads, exclude) if usable else None
+            entry = self._choose(self._table, ask, loads, exclude)
             if entry is not None:
                 self._prefixes.note(blocks, entry.group)
                 return usable[entry.group]
