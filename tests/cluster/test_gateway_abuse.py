@@ -11,7 +11,7 @@ import httpx
 import pytest
 from loraplex.adapter_store import DocumentError
 from loraplex.cluster.errors import ApiError
-from loraplex.cluster.gateway import app, completion, middleware, structured
+from loraplex.cluster.gateway import adapters, app, completion, middleware, structured
 from loraplex.cluster.gateway.chat_template import ChatTemplate
 from loraplex.cluster.gateway.completions import CompletionShape
 from loraplex.cluster.gateway.deps import COMPUTE_THREADS
@@ -264,3 +264,32 @@ async def test_a_background_task_that_fails_is_begun_again(monkeypatch):
     async with watched.router.lifespan_context(watched), asyncio.timeout(10):
         while read < 4:
             await asyncio.sleep(0.01)
+
+
+async def test_a_tenant_has_so_many_uploads_open(bench, monkeypatch):
+    monkeypatch.setattr(adapters, "TENANTS_UPLOADS", 2)
+    tenants, go_on = [bench.tenant("acme"), bench.tenant("other")], asyncio.Event()
+    coming: list[str] = []
+
+    async def slow(tenant_id: str) -> AsyncIterator[bytes]:
+        coming.append(tenant_id)
+        yield b"--x\r\n"
+        await go_on.wait()
+        yield b"--x--\r\n"
+
+    async def upload(tenant: Any) -> httpx.Response:
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        async with bench.client(tenant.key) as client:
+            return await client.post("/v1/adapters", content=slow(tenant.id), headers=headers)
+
+    open_ = [asyncio.create_task(upload(t)) for t in tenants for _ in range(2)]
+    async with asyncio.timeout(10):
+        while len(coming) < 4:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        refused = await upload(tenants[0])
+    assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "too_many_uploads"
+    go_on.set()
+    assert {r.status_code for r in await asyncio.gather(*open_)} == {400}
+    assert (await upload(tenants[0])).status_code == 400
