@@ -14,7 +14,7 @@ from loraplex.cluster.errors import ApiError
 from loraplex.cluster.gateway import adapters, app, completion, middleware, structured
 from loraplex.cluster.gateway.chat_template import ChatTemplate
 from loraplex.cluster.gateway.completions import CompletionShape
-from loraplex.cluster.gateway.deps import COMPUTE_THREADS
+from loraplex.cluster.gateway.deps import COMPUTE_THREADS, STORE_THREADS
 from loraplex.cluster.gateway.schemas import ChatBody, CompletionBody
 from loraplex.workers import Grammar
 from pydantic import ValidationError
@@ -293,3 +293,20 @@ async def test_a_tenant_has_so_many_uploads_open(bench, monkeypatch):
     go_on.set()
     assert {r.status_code for r in await asyncio.gather(*open_)} == {400}
     assert (await upload(tenants[0])).status_code == 400
+
+
+async def test_wrong_keys_are_throttled_however_many_come_at_once():
+    bench = make_bench(MemoryStore(), unknown_keys_per_minute=5)
+
+    async def ask(key: str) -> int:
+        async with bench.client(key) as client:
+            return (await client.get("/v1/models")).status_code
+
+    bench.store.reads.clear()
+    codes = await asyncio.gather(*(ask(f"lpx-{i:043}") for i in range(200)))
+    assert codes.count(401) <= 5 + STORE_THREADS
+    assert sum("keys/" in key for key in bench.store.reads) <= 5 + STORE_THREADS
+    # Many that are right may come at once.
+    bench = make_bench(MemoryStore(), unknown_keys_per_minute=5)
+    tenants = [bench.tenant(f"t{i}") for i in range(40)]
+    assert await asyncio.gather(*(ask(t.key) for t in tenants for _ in range(2))) == [200] * 80
