@@ -15,6 +15,9 @@ from .limiter import Ask, Lease, Limiter, Rates
 logger = logging.getLogger(__name__)
 
 KEEP_S = 5.0  # what is held and not used goes back after this
+# How long an actor that failed isn't asked: it may hang, and a tenant's requests wait for its
+# answer one after the other.
+AWAY_S = 2.0
 RETURN_S = 0.25  # what is over the share that may be held goes back after this
 
 
@@ -74,6 +77,7 @@ class LocalLeases:
         self._fallback = Limiter(clock)
         self._name = uuid.uuid4().hex
         self._warned = False
+        self._away_until = -math.inf
 
     async def acquire(self, tenant_id: str, rates: Rates, requests: int, tokens: int) -> Grant:
         """Reserves budget for one HTTP request. Unlimited tenants never reach the actor."""
@@ -166,21 +170,29 @@ class LocalLeases:
             max(0, tokens - purse.tokens) if rates.tokens_per_minute is not None else 0,
             self._name,
         )
-        try:
-            lease = await self._remote.lease(tenant_id, rates, ask)
-            self._warned = False
-            return lease
-        except Exception as error:
-            if not self._warned:
-                logger.warning("the limiter can't be reached, limits are kept here: %r", error)
-                self._warned = True
-            return self._fallback.lease(tenant_id, rates, ask)
+        if self._clock() >= self._away_until:
+            try:
+                lease = await self._remote.lease(tenant_id, rates, ask)
+                self._warned = False
+                return lease
+            except Exception as error:
+                self._away(error)
+        return self._fallback.lease(tenant_id, rates, ask)
 
     async def _give_back(self, tenant_id: str, requests: int, tokens: int) -> None:
-        try:
-            await self._remote.give_back(tenant_id, requests, tokens)
-        except Exception:
-            self._fallback.give_back(tenant_id, requests, tokens)
+        if self._clock() >= self._away_until:
+            try:
+                await self._remote.give_back(tenant_id, requests, tokens)
+                return
+            except Exception as error:
+                self._away(error)
+        self._fallback.give_back(tenant_id, requests, tokens)
+
+    def _away(self, error: Exception) -> None:
+        self._away_until = self._clock() + AWAY_S
+        if not self._warned:
+            logger.warning("the limiter can't be reached, limits are kept here: %r", error)
+            self._warned = True
 
 
 def _sum(limit: int | None, left: int | None, held: int) -> int | None:

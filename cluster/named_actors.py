@@ -49,13 +49,20 @@ class NamedActor:
             async with asyncio.timeout(timeout_s):
                 return await getattr(await self._find(), method).remote(*args)
         except (RayError, TimeoutError) as error:
-            self._handle = None  # a new one of that name may be there next time
-            reason = str(error).splitlines()[0] if str(error) else f"no answer in {timeout_s:g} s"
-            raise ActorUnavailable(f"the actor {self._name!r} failed: {reason}") from error
+            raise self._unavailable(error, timeout_s) from error
 
     async def send(self, method: str, *args: Any) -> None:
         """Begins a call and doesn't wait for its end. Raises ActorUnavailable."""
-        getattr(await self._find(), method).remote(*args)
+        try:
+            async with asyncio.timeout(CALL_S):
+                getattr(await self._find(), method).remote(*args)
+        except (RayError, TimeoutError) as error:
+            raise self._unavailable(error, CALL_S) from error
+
+    def _unavailable(self, error: Exception, timeout_s: float) -> ActorUnavailable:
+        self._handle = None  # a new one of that name may be there next time
+        reason = str(error).splitlines()[0] if str(error) else f"no answer in {timeout_s:g} s"
+        return ActorUnavailable(f"the actor {self._name!r} failed: {reason}")
 
     async def _find(self) -> Any:
         if self._handle is None:

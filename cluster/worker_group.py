@@ -232,9 +232,11 @@ class WorkerGroup:
         """Tells the controller about the group for as long as it lives, and obeys its advice."""
         missed = False
         while True:
-            self._metrics.update(self._front.report)
             try:
-                await self._tell()
+                try:
+                    await self._tell()
+                finally:  # neither waits for the other to work
+                    self._metrics.update(self._front.report)
                 missed = False
             except Exception as e:
                 # The group serves on without a controller, whatever is wrong with that one.

@@ -19,6 +19,10 @@ from .plan import PlacementConfig, Plan
 from .purges import Purges
 from .table import GroupEntry, RoutingTable
 
+# Between two ticks, when half a second is usual: this process itself was held up, and what groups
+# said meanwhile isn't read yet.
+_HELD_UP_S = 1.5
+
 
 @dataclass(frozen=True)
 class ControllerConfig:
@@ -66,10 +70,11 @@ class Controller:
         self._config = config
         self._clock = clock
         self._epoch = epoch
-        self._started_s = clock()
+        self._started_s = self._ticked_s = self._listens_since_s = clock()
         self._reports: dict[str, tuple[float, GroupReport]] = {}
         self._came_s: dict[str, float] = {}  # groups that haven't joined yet
         self._released: set[str] = set()
+        self._held_up = False
         self._targets: dict[tuple[str, str, int], tuple[float, Target]] = {}
         self._demand = DemandTracker(config.demand_tau_s)
         self._purges = Purges()
@@ -152,6 +157,10 @@ class Controller:
     def tick(self) -> None:
         """Drops who went silent, plans, and publishes. Call it every half second or so."""
         now = self._clock()
+        held_up = now - self._ticked_s > _HELD_UP_S
+        if held_up and not self._held_up:  # who is always late must still find out who is gone
+            self._listens_since_s = now
+        self._ticked_s, self._held_up = now, held_up
         self._drop_silent(now)
         self._demand.tick(now)
         self._purges.tick(self._reports, now)
@@ -248,14 +257,14 @@ class Controller:
 
     def _drop_silent(self, now: float) -> None:
         for name, (seen, report) in list(self._reports.items()):
-            if now - seen > self._config.group_timeout_s:
+            if now - max(seen, self._listens_since_s) > self._config.group_timeout_s:
                 del self._reports[name]
                 self._came_s.pop(name, None)
                 self._demand.forget_group(name)
                 # A group that said that it drains was meant to leave.
                 self._totals.groups_lost += report.stays
         for address, (seen, _) in list(self._targets.items()):
-            if now - seen > self._config.target_timeout_s:
+            if now - max(seen, self._listens_since_s) > self._config.target_timeout_s:
                 del self._targets[address]
 
     def _admit(self, now: float) -> None:

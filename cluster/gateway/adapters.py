@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request
@@ -19,6 +21,7 @@ from .answers import JsonResponse
 from .auth import Caller
 from .closed_model import ClosedModel
 from .deps import GatewayDeps
+from .generation import RETRY_AFTER_S
 from .resolve import ModelResolver
 
 if TYPE_CHECKING:
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 CONFIG_MAX_BYTES = 1 << 20
 # Each holds its body in memory while it goes to the store.
 UPLOADS_AT_ONCE = 2
+# Of one tenant: a body lies on the gateway's disk until it is whole and its turn has come.
+TENANTS_UPLOADS = 8
 
 
 _FORM = {
@@ -87,6 +92,26 @@ def no_adapter(name: str) -> ApiError:
 def adapters_router(deps: GatewayDeps, resolver: ModelResolver) -> APIRouter:
     router = APIRouter(tags=["adapters"])
     uploading = asyncio.Semaphore(UPLOADS_AT_ONCE)
+    open_uploads: Counter[str] = Counter()  # by tenant
+
+    @contextmanager
+    def place(caller: Caller) -> Iterator[None]:
+        if open_uploads[caller.tenant_id] >= TENANTS_UPLOADS:
+            raise ApiError(
+                429,
+                "too_many_uploads",
+                f"you have {TENANTS_UPLOADS} uploads open at this gateway, as many as you may; "
+                "try again when one has ended",
+                kind="rate_limit_error",
+                headers={"retry-after": str(RETRY_AFTER_S)},
+            )
+        open_uploads[caller.tenant_id] += 1
+        try:
+            yield
+        finally:
+            open_uploads[caller.tenant_id] -= 1
+            if not open_uploads[caller.tenant_id]:
+                del open_uploads[caller.tenant_id]
 
     async def find(caller: Caller, name: str) -> AdapterAlias:
         alias = (await resolver.aliases(caller.tenant_id)).get(name)
@@ -106,11 +131,13 @@ def adapters_router(deps: GatewayDeps, resolver: ModelResolver) -> APIRouter:
     async def upload(request: Request) -> Response:
         caller: Caller = request.state.caller
         upload_id = uuid.uuid4().hex
-        async with request.form(max_files=2, max_fields=4) as form, uploading:
-            name, config, weights = await _read_form(form, deps.settings.upload_max_bytes)
-            await check_new_name(deps, resolver, caller, name)
-            await deps.in_thread(deps.uploads.stage, caller.tenant_id, upload_id, config, weights)
-        del config, weights
+        with place(caller):
+            async with request.form(max_files=2, max_fields=4) as form, uploading:
+                name, config, weights = await _read_form(form, deps.settings.upload_max_bytes)
+                await check_new_name(deps, resolver, caller, name)
+                staged = caller.tenant_id, upload_id, config, weights
+                await deps.in_thread(deps.uploads.stage, *staged)
+        del config, weights, staged
         try:
             version = await deps.ingest.ingest(caller.tenant_id, name, upload_id)
         except AdapterRefused as error:

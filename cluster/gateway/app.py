@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -30,6 +31,9 @@ from .presigned import presigned_router
 from .resolve import ModelResolver
 from .series_sweep import sweep_forever
 
+logger = logging.getLogger(__name__)
+
+RESTART_S = 1.0
 # Only tells /docs that a key is needed: AuthMiddleware checks it.
 _KEY = Security(HTTPBearer(auto_error=False))
 
@@ -47,14 +51,15 @@ def build_gateway(deps: GatewayDeps, *, sends_request_id: bool = True) -> FastAP
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await watch.poll()
         sweeping = partial(sweep_forever, deps, watch)
-        tasks = [asyncio.create_task(run()) for run in (watch.run, sweeping, *deps.background)]
+        running = (watch.run, sweeping, *deps.background)
+        tasks = [asyncio.create_task(_always(run)) for run in running]
         try:
             yield
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            deps.threads.shutdown(wait=False, cancel_futures=True)
+            deps.close()
 
     app = FastAPI(
         title="Loraplex",
@@ -79,3 +84,13 @@ def build_gateway(deps: GatewayDeps, *, sends_request_id: bool = True) -> FastAP
     ):
         app.include_router(router, dependencies=[_KEY])
     return app
+
+
+async def _always(run: Callable[[], Awaitable[None]]) -> None:
+    """Begins it again when it fails: nobody else would notice that keys are never read again."""
+    while True:
+        try:
+            await run()
+        except Exception:
+            logger.exception("a background task of the gateway failed")
+        await asyncio.sleep(RESTART_S)

@@ -15,7 +15,7 @@ from ..errors import ApiError
 from ..limiter import Rates, TokenBucket
 from ..logs import add_log_fields
 from .answers import error_response, store_unavailable
-from .deps import GatewayDeps
+from .deps import STORE_THREADS, GatewayDeps
 from .freshness import GenerationWatch, Stamp
 from .lru import LruCache
 
@@ -74,6 +74,8 @@ class Authenticator:
         self._known = LruCache[_Known](CACHE_KEYS)
         self._unknown = LruCache[Stamp](CACHE_KEYS)
         self._sources = LruCache[TokenBucket](CACHE_SOURCES)
+        # As many as the store's threads: a flood of wrong keys is refused before they are all read.
+        self._lookups = asyncio.Semaphore(STORE_THREADS)
         self._looking: dict[str, asyncio.Task[Caller | None]] = {}
 
     async def authenticate(self, authorization: str | None, source: str) -> Caller:
@@ -93,8 +95,20 @@ class Authenticator:
         known = self._known.get(digest)
         if known is not None and self._watch.usable(known.stamp):
             return known.caller
-        if known is None:
-            self._refuse_unknown(digest, source, now)
+        if known is not None:
+            return await self._read_caller(digest, key, source, known)
+        self._refuse_unknown(digest, source, now)
+        async with self._lookups:
+            # What came to light while it waited: its own key, or others' wrong ones.
+            found = self._known.get(digest)
+            if found is not None and self._watch.usable(found.stamp):
+                return found.caller
+            self._refuse_unknown(digest, source, self._clock())
+            return await self._read_caller(digest, key, source, None)
+
+    async def _read_caller(
+        self, digest: str, key: str, source: str, known: _Known | None
+    ) -> Caller:
         stamp = self._watch.stamp()
         try:
             caller = await self._look_up(digest, key)
@@ -105,6 +119,7 @@ class Authenticator:
         if caller is None:
             self._known.drop(digest)
             self._unknown.put(digest, stamp)
+            now = self._clock()
             self._bucket(source, now).take(1, now)
             raise _invalid_key()
         self._known.put(digest, _Known(caller, stamp))

@@ -100,7 +100,7 @@ async def encode(
         ) from None
     if len(text) <= LONG_TEXT_CHARS:
         return deps.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    return await deps.in_thread(deps.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+    return await deps.compute(deps.tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
 
 async def prepare(

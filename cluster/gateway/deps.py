@@ -24,6 +24,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 STORE_THREADS = 16
+# That tokenize and check grammars: apart from the store's, which every tenant's key may need.
+COMPUTE_THREADS = 4
 
 
 class Dispatcher(Protocol):
@@ -91,10 +93,23 @@ class GatewayDeps:
     threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store")
     )
+    compute_threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(COMPUTE_THREADS, thread_name_prefix="compute")
+    )
 
     async def in_thread(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Of what waits for the store."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.threads, lambda: fn(*args, **kwargs))
+
+    async def compute(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Of what takes long by itself, and lets other threads run meanwhile."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.compute_threads, lambda: fn(*args, **kwargs))
+
+    def close(self) -> None:
+        for threads in (self.threads, self.compute_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     @property
     def max_context(self) -> int:

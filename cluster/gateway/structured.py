@@ -72,7 +72,7 @@ async def check(deps: GatewayDeps, grammar: Grammar | None, param: str) -> None:
     Args:
         param: the request's field that it stands in.
     """
-    if grammar is not None and (error := await deps.in_thread(_compile_error, grammar)):
+    if grammar is not None and (error := await deps.compute(_compile_error, grammar)):
         message = f"the answer can't be made to follow this {grammar.kind}: {error}"
         raise ApiError(400, "invalid_grammar", message, param=param)
 

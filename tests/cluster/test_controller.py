@@ -131,6 +131,23 @@ def test_groups_enter_the_table_when_they_report_and_leave_it_when_they_go_silen
     assert [g.group for g in cluster.step().groups] == ["g0", "g1"]
 
 
+def test_a_controller_that_was_held_up_itself_loses_no_group():
+    cluster = Cluster(groups=2)
+    demand = dict.fromkeys(keys(3), 100)
+    before = cluster.step(demand, 20)
+    cluster.clock.now += 10.0  # stopped, say; the groups' reports of the time wait to be read
+    cluster.controller.tick()
+    assert cluster.table() == before
+    assert cluster.controller.status()["totals"]["groups_lost"] == 0
+    assert cluster.step(demand, 3).groups == before.groups
+    # Those that really went meanwhile are found out, also by one that is always late.
+    del cluster.groups[1]
+    for _ in range(3):
+        cluster.clock.now += 4.0
+        cluster.step(demand)
+    assert [g.group for g in cluster.table().groups] == ["g0"]
+
+
 def test_a_group_that_drained_before_it_left_is_not_counted_as_lost():
     cluster = Cluster(groups=2)
     cluster.step()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
+from loraplex.adapter_store import DocumentError
 from loraplex.cluster.errors import ApiError
-from loraplex.cluster.gateway import completion, middleware
+from loraplex.cluster.gateway import adapters, app, completion, middleware, structured
 from loraplex.cluster.gateway.chat_template import ChatTemplate
 from loraplex.cluster.gateway.completions import CompletionShape
+from loraplex.cluster.gateway.deps import COMPUTE_THREADS, STORE_THREADS
 from loraplex.cluster.gateway.schemas import ChatBody, CompletionBody
+from loraplex.workers import Grammar
 from pydantic import ValidationError
 
 from tests.cluster.gateway_fakes import BASE, Bench, make_bench
@@ -208,3 +212,101 @@ async def test_an_answer_may_take_longer_than_a_body(bench, monkeypatch):
     asyncio.get_running_loop().call_later(0.2, bench.dispatcher.gate.set)
     response = await post(bench, key, "completions", prompt="a", stream=True)
     assert response.text.endswith("data: [DONE]\n\n")
+
+
+async def test_long_prompts_and_grammars_keep_no_thread_from_the_store(bench, monkeypatch):
+    tenant, go_on = bench.tenant("acme"), threading.Event()
+    begun: list[str] = []
+
+    def slow(*args: Any, **kw: Any) -> Any:
+        begun.append("")
+        go_on.wait(20)
+        return [7]
+
+    def never_wrong(grammar: Grammar) -> None:
+        slow()
+
+    monkeypatch.setattr(type(bench.deps.tokenizer), "encode", slow)
+    monkeypatch.setattr(completion, "LONG_TEXT_CHARS", 0)
+    monkeypatch.setattr(structured, "_compile_error", never_wrong)
+    form = {"prompt": [7], "structured_outputs": {"regex": "a"}}
+    asked = [
+        asyncio.create_task(post(bench, tenant.key, "completions", **body))
+        for body in [{"prompt": "a"}, form] * 20
+    ]
+    try:
+        other = bench.tenant("other")  # its key isn't known here yet
+        async with asyncio.timeout(10):
+            while len(begun) < COMPUTE_THREADS:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)  # all the threads that they may have
+        async with asyncio.timeout(5), bench.client(other.key) as client:
+            assert (await client.get("/v1/models")).status_code == 200
+        assert not go_on.is_set()
+    finally:
+        go_on.set()
+        await asyncio.gather(*asked)
+
+
+async def test_a_background_task_that_fails_is_begun_again(monkeypatch):
+    monkeypatch.setattr(app, "RESTART_S", 0.01)
+    bench, read = make_bench(MemoryStore(), catalogue_poll_s=0.01), 0
+
+    def generation() -> str:
+        nonlocal read
+        read += 1
+        if read == 2:
+            raise DocumentError("the generation can't be read")
+        return str(read)
+
+    monkeypatch.setattr(bench.deps.catalogue, "generation", generation)
+    watched = app.build_gateway(bench.deps)
+    async with watched.router.lifespan_context(watched), asyncio.timeout(10):
+        while read < 4:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_tenant_has_so_many_uploads_open(bench, monkeypatch):
+    monkeypatch.setattr(adapters, "TENANTS_UPLOADS", 2)
+    tenants, go_on = [bench.tenant("acme"), bench.tenant("other")], asyncio.Event()
+    coming: list[str] = []
+
+    async def slow(tenant_id: str) -> AsyncIterator[bytes]:
+        coming.append(tenant_id)
+        yield b"--x\r\n"
+        await go_on.wait()
+        yield b"--x--\r\n"
+
+    async def upload(tenant: Any) -> httpx.Response:
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        async with bench.client(tenant.key) as client:
+            return await client.post("/v1/adapters", content=slow(tenant.id), headers=headers)
+
+    open_ = [asyncio.create_task(upload(t)) for t in tenants for _ in range(2)]
+    async with asyncio.timeout(10):
+        while len(coming) < 4:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        refused = await upload(tenants[0])
+    assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "too_many_uploads"
+    go_on.set()
+    assert {r.status_code for r in await asyncio.gather(*open_)} == {400}
+    assert (await upload(tenants[0])).status_code == 400
+
+
+async def test_wrong_keys_are_throttled_however_many_come_at_once():
+    bench = make_bench(MemoryStore(), unknown_keys_per_minute=5)
+
+    async def ask(key: str) -> int:
+        async with bench.client(key) as client:
+            return (await client.get("/v1/models")).status_code
+
+    bench.store.reads.clear()
+    codes = await asyncio.gather(*(ask(f"lpx-{i:043}") for i in range(200)))
+    assert codes.count(401) <= 5 + STORE_THREADS
+    assert sum("keys/" in key for key in bench.store.reads) <= 5 + STORE_THREADS
+    # Many that are right may come at once.
+    bench = make_bench(MemoryStore(), unknown_keys_per_minute=5)
+    tenants = [bench.tenant(f"t{i}") for i in range(40)]
+    assert await asyncio.gather(*(ask(t.key) for t in tenants for _ in range(2))) == [200] * 80

@@ -8,7 +8,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex.cluster.leases import KEEP_S, LocalLeases
+from loraplex.cluster.leases import AWAY_S, KEEP_S, LocalLeases
 from loraplex.cluster.limiter import Lease, Limiter, Rates, TokenBucket
 
 steps = st.lists(
@@ -193,3 +193,28 @@ async def test_limits_hold_in_each_gateway_while_the_limiter_is_away():
     rates = Rates(requests_per_minute=10)
     grants = [await leases.acquire("t", rates, 1, 1) for _ in range(15)]
     assert sum(g.wait_s == 0 for g in grants) == 10
+
+
+async def test_a_limiter_that_hangs_is_waited_for_once_in_a_while():
+    clock = Clock()
+    remote = Remote(clock)
+    asked = 0
+
+    async def hang(*args) -> Lease:
+        nonlocal asked
+        asked += 1
+        clock.now += 1.0  # the call's time is over
+        raise TimeoutError
+
+    remote.lease = hang  # type: ignore[method-assign]
+    leases = LocalLeases(remote, clock)
+    rates = Rates(requests_per_minute=60)
+    began = clock.now
+    grants = await asyncio.gather(*(leases.acquire("t", rates, 1, 1) for _ in range(30)))
+    assert all(grant.wait_s == 0 for grant in grants)
+    assert (asked, clock.now - began) == (1, 1.0)
+    del remote.lease
+    clock.now += AWAY_S
+    for _ in range(5):
+        await leases.acquire("t", rates, 1, 1)
+    assert remote.calls > 0

@@ -243,6 +243,21 @@ async def test_admission_is_bounded():
         assert client.final["again"]["finish_reason"] == "length"
 
 
+async def test_a_full_group_takes_what_another_has_begun():
+    async with group(step_s=0.01, max_open=3) as (front, _):
+        client = await Client.connect(front.port)
+        begun = fake.expected_tokens((1, 2), 20)
+        for i in range(3):
+            client.submit(f"r{i}", max_tokens=20, tenant_id=f"tenant-{i}")
+        for i in range(4):
+            client.submit(f"moved{i}", max_tokens=20, output_ids=tuple(begun[:5]))
+        client.submit("new", max_tokens=20, tenant_id="new")
+        await client.finish("new", *(f"r{i}" for i in range(3)), *(f"moved{i}" for i in range(4)))
+        refused = {r for r, last in client.final.items() if "error_code" in last}
+        assert refused == {"moved3", "new"}
+        assert all(client.tokens[f"moved{i}"] == begun[5:] for i in range(3))
+
+
 async def test_a_flood_of_one_tenant_leaves_places_for_others():
     async with group(step_s=0.01, max_open=8) as (front, _):
         client = await Client.connect(front.port)

@@ -41,8 +41,8 @@ class FrontConfig:
         port: its port, 0 for any free one.
         ranks: processes of the group.
         max_open: requests that the engine may have, waiting and running; more are refused with
-            "overloaded". A tenant may have as many as places are free: one alone gets half of
-            them, and whatever it sends there is room for others.
+            "overloaded", continuations beyond twice as many. A tenant may have as many as places
+            are free: one alone gets half of them, and whatever it sends there is room for others.
         max_held_tokens: tokens that may wait for slow clients, over all streams.
         step_timeout_s: rank 0 counts as hung when one step takes longer.
         beat_timeout_s: a rank counts as hung when its process sends nothing for so long.
@@ -233,7 +233,7 @@ class GroupFront:
     def submit(self, link: GatewayLink, request: Mapping[str, Any], credit: int) -> None:
         """Admits a request, or answers it with the reason why not."""
         request_id = request["id"]
-        refusal = self._refusal() or _unreadable(request) or self._tenants_limit(request)
+        refusal = self._refusal(request) or _unreadable(request) or self._tenants_limit(request)
         leader = self._ranks.get(0)
         if refusal or leader is None:
             code, text = refusal or ("draining", "rank 0 isn't connected")
@@ -297,12 +297,14 @@ class GroupFront:
 
     # Inside
 
-    def _refusal(self) -> tuple[ErrorCode, str] | None:
+    def _refusal(self, request: Mapping[str, Any]) -> tuple[ErrorCode, str] | None:
         if self.failure is not None:
             return "draining", f"the group has failed and will be replaced: {self.failure}"
         if self.draining or self._closing:
             return "draining", "the group is shutting down and takes no new requests"
-        if self._streams.running >= self.config.max_open:
+        # When a group dies, another gets all that it had begun, beside what it has itself.
+        most = 2 * self.config.max_open if request.get("output") else self.config.max_open
+        if self._streams.running >= most:
             return "overloaded", (
                 f"the group has {self._streams.running} requests open, which is its limit; "
                 "try again later"
