@@ -1,0 +1,217 @@
+"""What is done to a service on several nodes while it answers, and what is to be seen of it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import signal
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from _failover_load import Answer, Job, Load, Tally
+from _failover_watch import View, Watch
+from _nodes_cluster import Nodes, deploy, signal_all, wait_running
+
+WAIT_S = 180.0
+# How long a service without room for all of its groups is left so.
+SHORT_S = 10.0
+
+
+@dataclass
+class Death:
+    """A node's, at `at`.
+
+    Args:
+        groups: that it had.
+        room: whether other nodes had room for them; else a node was added at `added_at`.
+    """
+
+    at: float
+    groups: frozenset[str]
+    room: bool
+    added_at: float | None = None
+
+
+@dataclass
+class Run:
+    """One service under load.
+
+    Args:
+        groups: as many as there should be, if their number is fixed.
+        jobs, expected: requests and their answers.
+    """
+
+    nodes: Nodes
+    watch: Watch
+    load: Load
+    groups: int
+    jobs: Sequence[Job]
+    expected: Sequence[Answer]
+    rng: random.Random
+    tally: Tally = field(default_factory=Tally)
+
+    async def beside(self, clients: int, act: Callable[[], Awaitable[None]]) -> None:
+        """Does something while so many clients ask."""
+        stop = asyncio.Event()
+        keeping = asyncio.create_task(
+            self.load.keep(self.jobs, self.expected, clients, stop, self.rng, self.tally)
+        )
+        try:
+            await act()
+        finally:
+            stop.set()
+            await keeping
+
+    async def need(self, condition: Callable[[View], bool], what: str) -> None:
+        """Waits until the operator sees it. Raises RuntimeError if that takes too long."""
+        if not await self.watch.wait_for(condition, WAIT_S):
+            raise RuntimeError(f"{what}: not in {WAIT_S:.0f} s: {self.watch.views[-1]}")
+
+
+async def node_deaths(run: Run, clients: int, count: int, every: float, hangs: bool) -> Any:
+    """Nodes die, in turn with room for their groups elsewhere and without.
+
+    Args:
+        hangs: a node's processes are stopped instead of killed, and go on once it was replaced.
+    """
+    deaths: list[Death] = []
+    total = run.groups
+
+    async def die() -> None:
+        for _ in range(count):
+            await run.need(lambda v: len(v.serving) >= total, f"{total} groups")
+            await asyncio.sleep(every)
+            deaths.append(await _death(run, hangs))
+
+    await run.beside(clients, die)
+    await run.need(lambda v: len(v.serving) >= total, f"{total} groups")
+    views = run.watch.views
+    seen = [_first(views, d.at, lambda v, d=d: not v.serving & d.groups) for d in deaths]
+    # A node's groups are on others' hands from when they were seen to be gone.
+    back = [
+        _first(views, max(s or d.at, d.added_at or 0.0), lambda v: len(v.serving) >= total)
+        for d, s in zip(deaths, seen, strict=True)
+    ]
+    return {
+        "deaths": len(deaths),
+        "groups_lost": sum(len(d.groups) for d in deaths),
+        "open_at_deaths": sum(o.began < d.at < o.ended for o in run.tally.outcomes for d in deaths),
+        "seen_s": _spread(s and s - d.at for d, s in zip(deaths, seen, strict=True)),
+        "elsewhere_s": _spread(b and b - d.at for d, b in zip(deaths, back, strict=True) if d.room),
+        "after_node_added_s": _spread(
+            b and b - d.added_at
+            for d, b in zip(deaths, back, strict=True)
+            if d.added_at is not None
+        ),
+    }
+
+
+async def _death(run: Run, hangs: bool) -> Death:
+    on: dict[str, set[str]] = {address: set() for address in run.nodes.addresses}
+    for name, group in run.watch.views[-1].groups.items():
+        on[group["address"].rpartition(":")[0]].add(name)
+    address = run.rng.choice([a for a, groups in on.items() if groups])
+    processes = run.nodes.processes(address)
+    room = run.nodes.slots * (len(on) - 1) >= run.groups
+    death = Death(time.monotonic(), frozenset(on[address]), room)
+    signal_all(processes, signal.SIGSTOP if hangs else signal.SIGKILL)
+    run.nodes.forget(address)
+    if not room:
+        await asyncio.sleep(SHORT_S)
+        death.added_at = time.monotonic()
+        await asyncio.to_thread(run.nodes.add)
+    await run.need(lambda v: len(v.serving - death.groups) >= run.groups, "groups in their place")
+    if hangs:
+        signal_all(processes, signal.SIGCONT)
+    if not room:
+        await asyncio.to_thread(run.nodes.add)  # so that the next death finds room
+    return death
+
+
+async def scaling(run: Run, few: int, many: int, most: int, rounds: int) -> Any:
+    """From one group to `most` and back, by the load of so many clients."""
+    times: dict[str, list[float]] = {"up_s": [], "down_s": []}
+
+    async def up() -> None:
+        began = time.monotonic()
+        await run.need(lambda v: len(v.serving) == most, f"{most} groups")
+        times["up_s"].append(time.monotonic() - began)
+        await asyncio.sleep(SHORT_S)
+
+    async def down() -> None:
+        began = time.monotonic()
+        await run.need(lambda v: len(v.groups) == 1, "one group")
+        times["down_s"].append(time.monotonic() - began)
+
+    async def change() -> None:
+        for _ in range(rounds):
+            await run.beside(many - few, up)
+            await down()
+
+    began = time.monotonic()
+    await run.beside(few, change)
+    views = [v for v in run.watch.views if v.at > began]
+    return {
+        "rounds": rounds,
+        "clients": [few, many],
+        **{name: _spread(values) for name, values in times.items()},
+        "groups_added": len(set().union(*(v.serving for v in views)) - views[0].serving),
+        **_hand_overs(views),
+    }
+
+
+def _hand_overs(views: Sequence[View]) -> dict[str, Any]:
+    """Which groups began to work without what they should hold, and which left with what no other
+    held."""
+    early: list[str] = []
+    lost: list[str] = []
+    worked = set(views[0].groups)
+    for before, view in itertools.pairwise(views):
+        for name, group in view.groups.items():
+            if name not in worked and group["running"] + group["queued"]:
+                worked.add(name)
+                wanted = before.groups.get(name, group)["desired"]
+                if not set(wanted) <= group["resident"].keys():
+                    early.append(name)
+        for name in before.groups.keys() - view.groups.keys():
+            others = [g for other, g in view.groups.items() if other != name]
+            held = {key for g in others for key in g["resident"]}
+            lost += [f"{name}: {k}" for k in before.groups[name]["resident"] if k not in held]
+    return {"began_without_adapters": early, "left_with_last_copies": lost}
+
+
+async def updates(run: Run, clients: int, rounds: int) -> Any:
+    """The applications are deployed with another setting, again and again."""
+    took: list[float] = []
+
+    async def update() -> None:
+        for i in range(rounds):
+            groups, gateways = run.watch.views[-1].serving, run.nodes.replicas("gateway")
+            began = time.monotonic()
+            await asyncio.to_thread(deploy, max_running=32 + i)
+
+            def replaced(view: View, groups: frozenset[str] = groups) -> bool:
+                return not view.groups.keys() & groups and len(view.serving) >= run.groups
+
+            await run.need(replaced, "new groups")
+            await asyncio.to_thread(wait_running)
+            if left := gateways & run.nodes.replicas("gateway"):
+                raise RuntimeError(f"gateways of before: {left}")
+            took.append(time.monotonic() - began)
+
+    await run.beside(clients, update)
+    return {"updates": rounds, "replaced_s": _spread(took), "clients": clients}
+
+
+def _first(views: Sequence[View], after: float, condition: Callable[[View], bool]) -> float | None:
+    return next((v.at for v in views if v.at > after and condition(v)), None)
+
+
+def _spread(times: Any) -> dict[str, float] | None:
+    known = sorted(t for t in times if t is not None)
+    if not known:
+        return None
+    return {"median": round(known[len(known) // 2], 1), "max": round(known[-1], 1)}
