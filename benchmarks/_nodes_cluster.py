@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import tempfile
 import time
@@ -16,13 +17,14 @@ from typing import Any
 import psutil
 import yaml
 from _serving_load import DEMO
-from loraplex.adapter_store import Catalogue, EmbeddedS3, ObjectStore
+from loraplex.adapter_store import Catalogue, EmbeddedS3, ObjectStore, host_folder
 from loraplex.cluster.local_ray import OBJECT_STORE_BYTES, make_token, ray_environment, stop_ray
 from loraplex.cluster.ports import free_port
 from loraplex.cluster.settings import RAY_NAMESPACE, Settings
 from loraplex.cluster.up_demo import Demo, seed
 
 SERVE = DEMO.parent / "kuberay/base/serve.yaml"
+DATA = "data"  # of each node
 READY_S = 240.0
 POLL_S = 0.2
 GATEWAYS = 2
@@ -95,22 +97,20 @@ class Nodes:
             left = [c for p in node.live_processes() for c in _tree(p[1].pid)]
             node.kill_all_processes(check_alive=False, allow_graceful=False)
             signal_all(left, signal.SIGKILL)
+        for home in self._folder.glob("node-*"):
+            shutil.rmtree(host_folder(home / DATA / "packs"), ignore_errors=True)
 
     def _add(self, cpus: int, resources: dict[str, int]) -> Any:
         self._made += 1
         home = self._folder / f"node-{self._made}"
         home.mkdir()
-        # The first one says for all where Ray's own files are.
-        values = (
-            {} if self._made > 1 else {"temp_dir": str(self._folder), "include_dashboard": False}
-        )
         with contextlib.chdir(home):  # which its processes inherit
             return self._cluster.add_node(
                 num_cpus=cpus,
                 resources=resources,
                 node_ip_address=_ADDRESS.format(self._made),
                 object_store_memory=OBJECT_STORE_BYTES,
-                **values,
+                include_dashboard=False,
             )
 
 
@@ -178,7 +178,7 @@ def nodes_service(
         values = {
             "cluster_secret": secrets.token_hex(32),
             "control_resource": "control",
-            "data_dir": "data",
+            "data_dir": DATA,
             "device": "cpu",
             "internal_host": "0.0.0.0",  # each is found at its node's address
             "model_path": DEMO / "model",
@@ -192,10 +192,10 @@ def nodes_service(
         given = {f"LORAPLEX_{k.upper()}": str(v) for k, v in (values | settings).items()}
         stack.enter_context(_environment(given))
         make_token(token := folder / "ray.token")
-        # As of a machine that keeps to loopback.
-        stack.enter_context(
-            _environment(ray_environment(Settings.load(internal_host="127.0.0.1"), token))
-        )
+        loopback = Settings.load(internal_host="127.0.0.1")
+        stack.enter_context(_environment(ray_environment(loopback, token)))
+        # Of all that Ray writes; without it, others' `ray.init()` would find this cluster.
+        stack.enter_context(_environment({"RAY_TMPDIR": name}))
         nodes = Nodes(folder, slots)
         stack.callback(nodes.end)
         nodes.start(group_nodes)

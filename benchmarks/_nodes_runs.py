@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 from _failover_load import Answer, Job, Load, Tally
 from _failover_watch import View, Watch
 from _nodes_cluster import Nodes, deploy, signal_all, wait_running
@@ -27,12 +28,14 @@ class Death:
     Args:
         groups: that it had.
         room: whether other nodes had room for them; else a node was added at `added_at`.
+        ended_s: how long its processes lived once they went on, if they were only stopped.
     """
 
     at: float
     groups: frozenset[str]
     room: bool
     added_at: float | None = None
+    ended_s: float | None = None
 
 
 @dataclass
@@ -68,7 +71,9 @@ class Run:
     async def need(self, condition: Callable[[View], bool], what: str) -> None:
         """Waits until the operator sees it. Raises RuntimeError if that takes too long."""
         if not await self.watch.wait_for(condition, WAIT_S):
-            raise RuntimeError(f"{what}: not in {WAIT_S:.0f} s: {self.watch.views[-1]}")
+            raise RuntimeError(
+                f"no {what} in {WAIT_S:.0f} s: {self.watch.views[-1]}, {self.tally.examples}"
+            )
 
 
 async def node_deaths(run: Run, clients: int, count: int, every: float, hangs: bool) -> Any:
@@ -101,6 +106,7 @@ async def node_deaths(run: Run, clients: int, count: int, every: float, hangs: b
         "open_at_deaths": sum(o.began < d.at < o.ended for o in run.tally.outcomes for d in deaths),
         "seen_s": _spread(s and s - d.at for d, s in zip(deaths, seen, strict=True)),
         "elsewhere_s": _spread(b and b - d.at for d, b in zip(deaths, back, strict=True) if d.room),
+        "stopped_ended_s": _spread(d.ended_s for d in deaths),
         "after_node_added_s": _spread(
             b and b - d.added_at
             for d, b in zip(deaths, back, strict=True)
@@ -126,6 +132,11 @@ async def _death(run: Run, hangs: bool) -> Death:
     await run.need(lambda v: len(v.serving - death.groups) >= run.groups, "groups in their place")
     if hangs:
         signal_all(processes, signal.SIGCONT)
+        began = time.monotonic()
+        _, left = await asyncio.to_thread(psutil.wait_procs, processes, WAIT_S)
+        if left:
+            raise RuntimeError(f"a node that was given up lives on: {left}")
+        death.ended_s = time.monotonic() - began
     if not room:
         await asyncio.to_thread(run.nodes.add)  # so that the next death finds room
     return death
@@ -197,9 +208,8 @@ async def updates(run: Run, clients: int, rounds: int) -> Any:
                 return not view.groups.keys() & groups and len(view.serving) >= run.groups
 
             await run.need(replaced, "new groups")
+            await run.need(lambda _: not gateways & run.nodes.replicas("gateway"), "new gateways")
             await asyncio.to_thread(wait_running)
-            if left := gateways & run.nodes.replicas("gateway"):
-                raise RuntimeError(f"gateways of before: {left}")
             took.append(time.monotonic() - began)
 
     await run.beside(clients, update)
