@@ -200,20 +200,24 @@ async def updates(run: Run, clients: int, rounds: int) -> Any:
 
     async def update() -> None:
         for i in range(rounds):
-            groups, gateways = run.watch.views[-1].serving, run.nodes.replicas("gateway")
-            began = time.monotonic()
-            await asyncio.to_thread(deploy, max_running=32 + i)
-
-            def replaced(view: View, groups: frozenset[str] = groups) -> bool:
-                return not view.groups.keys() & groups and len(view.serving) >= run.groups
-
-            await run.need(replaced, "new groups")
-            await run.need(lambda _: not gateways & run.nodes.replicas("gateway"), "new gateways")
-            await asyncio.to_thread(wait_running)
-            took.append(time.monotonic() - began)
+            took.append(await _update(run, max_running=32 + i))
 
     await run.beside(clients, update)
     return {"updates": rounds, "replaced_s": _spread(took), "clients": clients}
+
+
+async def _update(run: Run, **settings: Any) -> float:
+    """Seconds until nothing of before is left."""
+    groups, gateways = run.watch.views[-1].serving, run.nodes.replicas("gateway")
+    began = time.monotonic()
+    await asyncio.to_thread(deploy, **settings)
+    await run.need(
+        lambda view: not view.groups.keys() & groups and len(view.serving) >= run.groups,
+        "new groups",
+    )
+    await run.need(lambda _: not run.nodes.replicas("gateway") & gateways, "new gateways")
+    await asyncio.to_thread(wait_running)
+    return time.monotonic() - began
 
 
 def _first(views: Sequence[View], after: float, condition: Callable[[View], bool]) -> float | None:
