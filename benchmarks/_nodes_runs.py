@@ -162,6 +162,8 @@ async def scaling(run: Run, few: int, many: int, most: int, rounds: int) -> Any:
             await run.beside(many - few, up)
             await down()
 
+    # The answers that were asked for before are load, too.
+    await run.need(lambda v: len(v.groups) == 1, "one group")
     began = time.monotonic()
     await run.beside(few, change)
     views = [v for v in run.watch.views if v.at > began]

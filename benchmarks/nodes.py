@@ -37,7 +37,8 @@ FAULTS = ("node-kill", "node-stop", "scale", "update")
 JOBS = 20
 SLOTS = 2  # groups of one node
 EMPTY_S = 10.0  # after the load, the engines must have nothing open by then
-MANY = 16  # clients that one group can't serve without a wait
+FEW, MANY = 1, 16  # clients, for one group and for more than three: a group decodes MAX_RUNNING
+MAX_RUNNING = 4
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, object]:
@@ -46,7 +47,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
     return {
         "groups": 1,
         "max_groups": args.groups,
-        "max_running": 4,
+        "max_running": MAX_RUNNING,
         "target_wait_s": 0.2,
         "scale_up_after_s": 2,
         "scale_down_after_s": 5,
@@ -66,7 +67,7 @@ async def storm(args: argparse.Namespace, nodes: Nodes, facts: dict[str, Any]) -
         firm, expected, _ = await load.firm_answers(jobs)
         run = Run(nodes, watch, load, groups, firm, expected, rng)
         if args.fault == "scale":
-            found = await scaling(run, args.clients, MANY, args.groups, args.rounds)
+            found = await scaling(run, FEW, MANY, args.groups, args.rounds)
         elif args.fault == "update":
             found = await updates(run, args.clients, args.rounds)
         else:
@@ -106,7 +107,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=3, help=f"for {SLOTS} groups each")
     parser.add_argument("--rounds", type=int, default=2, help="deaths, or times up and down")
     parser.add_argument("--every", type=float, default=10.0, help="seconds of rest between deaths")
-    parser.add_argument("--clients", type=int, default=3, help="who ask all the time")
+    parser.add_argument("--clients", type=int, default=3, help="who ask all the time; not scale")
     parser.add_argument("--jobs", type=int, default=JOBS, help="different requests")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
