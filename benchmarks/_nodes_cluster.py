@@ -65,6 +65,9 @@ class Nodes:
         for _ in range(group_nodes):
             self.add()
         ray.init(self._cluster.address, namespace=RAY_NAMESPACE, log_to_driver=False)
+        # From now on nodes are added in a thread, which can't handle signals. They end soon after
+        # the head, should this process be killed.
+        self._cluster._shutdown_at_exit = False
 
     def add(self) -> str:
         """A node for groups; its address."""

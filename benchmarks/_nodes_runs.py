@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 import signal
+import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -227,7 +228,7 @@ def _first(views: Sequence[View], after: float, condition: Callable[[View], bool
 
 
 def _spread(times: Any) -> dict[str, float] | None:
-    known = sorted(t for t in times if t is not None)
+    known = [round(t, 1) for t in times if t is not None]
     if not known:
         return None
-    return {"median": round(known[len(known) // 2], 1), "max": round(known[-1], 1)}
+    return {"median": statistics.median(known), "max": max(known), "of": len(known)}
