@@ -20,6 +20,8 @@ from _nodes_cluster import Nodes, deploy, signal_all, wait_running
 WAIT_S = 180.0
 # How long a service without room for all of its groups is left so.
 SHORT_S = 10.0
+ENDED_S = 60.0
+GROUP_TITLES = ("ray::ServeRepl", "ray::RankActor")  # a process's name is cut off
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Death:
     Args:
         groups: that it had.
         room: whether other nodes had room for them; else a node was added at `added_at`.
-        ended_s: how long its processes lived once they went on, if they were only stopped.
+        ended_s: how long its groups' processes lived once they went on, if they were only stopped.
     """
 
     at: float
@@ -81,7 +83,8 @@ async def node_deaths(run: Run, clients: int, count: int, every: float, hangs: b
     """Nodes die, in turn with room for their groups elsewhere and without.
 
     Args:
-        hangs: a node's processes are stopped instead of killed, and go on once it was replaced.
+        hangs: a node's processes are stopped instead of killed, and go on once its groups were
+            replaced. Ray may have the node back then, but its groups are to end.
     """
     deaths: list[Death] = []
     total = run.groups
@@ -122,6 +125,7 @@ async def _death(run: Run, hangs: bool) -> Death:
         on[group["address"].rpartition(":")[0]].add(name)
     address = run.rng.choice([a for a, groups in on.items() if groups])
     processes = run.nodes.processes(address)
+    working = [p for p in processes if p.name().startswith(GROUP_TITLES)]
     room = run.nodes.slots * (len(on) - 1) >= run.groups
     death = Death(time.monotonic(), frozenset(on[address]), room)
     signal_all(processes, signal.SIGSTOP if hangs else signal.SIGKILL)
@@ -134,10 +138,11 @@ async def _death(run: Run, hangs: bool) -> Death:
     if hangs:
         signal_all(processes, signal.SIGCONT)
         began = time.monotonic()
-        _, left = await asyncio.to_thread(psutil.wait_procs, processes, WAIT_S)
+        _, left = await asyncio.to_thread(psutil.wait_procs, working, ENDED_S)
         if left:
-            raise RuntimeError(f"a node that was given up lives on: {left}")
+            raise RuntimeError(f"groups that were given up live on: {left}")
         death.ended_s = time.monotonic() - began
+        signal_all(processes, signal.SIGKILL)
     if not room:
         await asyncio.to_thread(run.nodes.add)  # so that the next death finds room
     return death
@@ -231,4 +236,4 @@ def _spread(times: Any) -> dict[str, float] | None:
     known = [round(t, 1) for t in times if t is not None]
     if not known:
         return None
-    return {"median": statistics.median(known), "max": max(known), "of": len(known)}
+    return {"median": round(statistics.median(known), 1), "max": max(known), "of": len(known)}
