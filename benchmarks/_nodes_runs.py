@@ -183,23 +183,41 @@ async def scaling(run: Run, few: int, many: int, most: int, rounds: int) -> Any:
 
 
 def _hand_overs(views: Sequence[View]) -> dict[str, Any]:
-    """Which groups began to work without what they should hold, and which left with what no other
-    held."""
+    """What groups that came held when they began to work, and what became of the adapters that
+    groups which left were the only ones to hold.
+
+    Args:
+        views: of a time in which no group dies.
+    """
+    brought, handed_over = 0, 0
     early: list[str] = []
     lost: list[str] = []
     worked = set(views[0].groups)
+    alone: dict[str, set[str]] = {}  # by leaving group, when it began to leave
     for before, view in itertools.pairwise(views):
         for name, group in view.groups.items():
             if name not in worked and group["running"] + group["queued"]:
                 worked.add(name)
-                wanted = before.groups.get(name, group)["desired"]
-                if not set(wanted) <= group["resident"].keys():
-                    early.append(name)
+                wanted = set(before.groups.get(name, group)["desired"])
+                brought += len(wanted)
+                early += [f"{name}: {key}" for key in wanted - group["resident"].keys()]
+            if group["leaving"] and name not in alone:
+                alone[name] = group["resident"].keys() - _held(before, name)
         for name in before.groups.keys() - view.groups.keys():
-            others = [g for other, g in view.groups.items() if other != name]
-            held = {key for g in others for key in g["resident"]}
-            lost += [f"{name}: {k}" for k in before.groups[name]["resident"] if k not in held]
-    return {"began_without_adapters": early, "left_with_last_copies": lost}
+            held = _held(view, name)
+            handed_over += len(alone.get(name, set()) & held)
+            lost += [f"{name}: {key}" for key in before.groups[name]["resident"].keys() - held]
+    return {
+        "adapters_before_requests": brought,
+        "requests_before_adapters": early,
+        "last_copies_handed_over": handed_over,
+        "last_copies_lost": lost,
+    }
+
+
+def _held(view: View, leaving: str) -> set[str]:
+    """Adapters in the pools of other groups."""
+    return {key for name, g in view.groups.items() if name != leaving for key in g["resident"]}
 
 
 async def updates(run: Run, clients: int, rounds: int) -> Any:
@@ -210,8 +228,15 @@ async def updates(run: Run, clients: int, rounds: int) -> Any:
         for i in range(rounds):
             took.append(await _update(run, max_running=32 + i))
 
+    began = time.monotonic()
     await run.beside(clients, update)
-    return {"updates": rounds, "replaced_s": _spread(took), "clients": clients}
+    views = [v for v in run.watch.views if v.at > began]
+    return {
+        "updates": rounds,
+        "clients": clients,
+        "replaced_s": _spread(took),
+        **_hand_overs(views),
+    }
 
 
 async def _update(run: Run, **settings: Any) -> float:
