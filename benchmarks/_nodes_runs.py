@@ -16,11 +16,15 @@ import psutil
 from _failover_load import Answer, Job, Load, Tally
 from _failover_watch import View, Watch
 from _nodes_cluster import Nodes, deploy, signal_all, wait_running
+from _serving_load import DEMO
+from loraplex.cluster.cli_client import Client, adapter_files
+from loraplex.cluster.up_demo import Demo
 
 WAIT_S = 180.0
 # How long a service without room for all of its groups is left so.
 SHORT_S = 10.0
 ENDED_S = 60.0
+TICK_S = 0.5  # the controller's
 GROUP_TITLES = ("ray::ServeRepl", "ray::RankActor")  # a process's name is cut off
 
 
@@ -51,6 +55,7 @@ class Run:
     """
 
     nodes: Nodes
+    facts: dict[str, Any]
     watch: Watch
     load: Load
     groups: int
@@ -156,6 +161,7 @@ async def scaling(run: Run, few: int, many: int, most: int, rounds: int) -> Any:
         began = time.monotonic()
         await run.need(lambda v: len(v.serving) == most, f"{most} groups")
         times["up_s"].append(time.monotonic() - began)
+        await asyncio.to_thread(_spread_new_adapters, run.facts, len(times["up_s"]))
         await asyncio.sleep(SHORT_S)
 
     async def down() -> None:
@@ -182,9 +188,22 @@ async def scaling(run: Run, few: int, many: int, most: int, rounds: int) -> Any:
     }
 
 
+def _spread_new_adapters(facts: dict[str, Any], number: int) -> None:
+    """Gives each tenant another one's adapter and asks it once: the group that it is for is the
+    only one to hold it."""
+    demo = {a.name: a for tenant in Demo.find(DEMO).tenants for a in tenant.adapters}
+    for tenant in facts["tenants"]:
+        foreign = [name for name in demo if name not in tenant["adapters"]]
+        adapter = demo[foreign[number % len(foreign)]]
+        with Client(facts["url"], tenant["key"]) as client:
+            client.upload(f"new-{number}", *adapter_files(adapter.folder))
+            ask = {"model": f"new-{number}", "prompt": "The day was", "max_tokens": 4}
+            client.call("POST", "/v1/completions", json=ask)
+
+
 def _hand_overs(views: Sequence[View]) -> dict[str, Any]:
-    """What groups that came held when they began to work, and what became of the adapters that
-    groups which left were the only ones to hold.
+    """What groups that came held when they were first to have requests, and what became of the
+    adapters that groups which left were the only ones to hold.
 
     Args:
         views: of a time in which no group dies.
@@ -192,15 +211,19 @@ def _hand_overs(views: Sequence[View]) -> dict[str, Any]:
     brought, handed_over = 0, 0
     early: list[str] = []
     lost: list[str] = []
-    worked = set(views[0].groups)
+    joining: set[str] = set()
     alone: dict[str, set[str]] = {}  # by leaving group, when it began to leave
     for before, view in itertools.pairwise(views):
         for name, group in view.groups.items():
-            if name not in worked and group["running"] + group["queued"]:
-                worked.add(name)
-                wanted = set(before.groups.get(name, group)["desired"])
-                brought += len(wanted)
-                early += [f"{name}: {key}" for key in wanted - group["resident"].keys()]
+            if group["joining"]:
+                joining.add(name)
+            elif name in joining:
+                joining.remove(name)
+                # After the controller's next tick more may be wanted of it.
+                if view.at - before.at < TICK_S:
+                    wanted = set(group["desired"])
+                    brought += len(wanted)
+                    early += [f"{name}: {key}" for key in wanted - group["resident"].keys()]
             if group["leaving"] and name not in alone:
                 alone[name] = group["resident"].keys() - _held(before, name)
         for name in before.groups.keys() - view.groups.keys():

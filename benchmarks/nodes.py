@@ -65,7 +65,7 @@ async def storm(args: argparse.Namespace, nodes: Nodes, facts: dict[str, Any]) -
     async with Load(facts["url"]) as load:
         await watch.wait_serving(groups)
         firm, expected, _ = await load.firm_answers(jobs)
-        run = Run(nodes, watch, load, groups, firm, expected, rng)
+        run = Run(nodes, facts, watch, load, groups, firm, expected, rng)
         if args.fault == "scale":
             found = await scaling(run, FEW, MANY, args.groups, args.rounds)
         elif args.fault == "update":

@@ -39,7 +39,7 @@ def test_the_death_of_a_node_is_carried_by_others(fault: str, tmp_path: Path) ->
 def test_groups_come_and_go_with_the_load(tmp_path: Path) -> None:
     found = run("scale", 2, tmp_path / "nodes.json")
     assert found["groups_added"] >= 2 * (found["groups"] - 1)
-    assert found["adapters_before_requests"] > 0
+    assert min(found["adapters_before_requests"], found["last_copies_handed_over"]) > 0
     assert (found["requests_before_adapters"], found["last_copies_lost"]) == ([], [])
 
 
