@@ -35,8 +35,8 @@ _ADDRESS = "127.0.0.{}"
 class Nodes:
     """The head with controller and a gateway, a node with the other gateway, and nodes for groups.
 
-    As pods have, each has an address and a working directory of its own, and so, `data_dir` being
-    relative, its own packs.
+    Each has, as a pod has, an address and a working directory of its own; `data_dir` is relative
+    to it, so that each has packs of its own.
 
     Args:
         folder: of all that they write.
