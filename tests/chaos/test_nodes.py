@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.chaos.benchmark import run_benchmark
+
 pytestmark = [pytest.mark.soak, pytest.mark.cluster, pytest.mark.timeout(1200)]
-ROOT = Path(__file__).resolve().parents[2]
 SEEN_S = 5.0  # a node's groups are to be found dead by then
 
 
 def run(fault: str, rounds: int, out: Path) -> dict[str, Any]:
-    command = [sys.executable, ROOT / "benchmarks/nodes.py", "--fault", fault]
-    command += ["--rounds", str(rounds), "--out", out]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    run_benchmark("nodes.py", "--fault", fault, "--rounds", rounds, "--out", out)
     found = json.loads(out.read_text())[fault]
     assert (found["altered"], found["failed"]) == (0, 0)
     assert found["equal"] == found["responses"] > 0
