@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import itertools
 import random
 import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import httpx
 import psutil
+from _failover_watch import View, Watch, changes_of_groups
 
 # The title of the processes that a fault picks one of, and the signal that it gets.
 FAULTS = {
@@ -23,17 +20,6 @@ FAULTS = {
     "controller-kill": ("ray::ControllerActor", signal.SIGKILL),
     "gateway-kill": ("ray::ServeReplica:gateway", signal.SIGKILL),
 }
-POLL_S = 0.1
-
-
-@dataclass(frozen=True)
-class View:
-    """What the admin API tells at one moment; seconds are monotonic."""
-
-    at: float
-    epoch: int
-    serving: frozenset[str]
-    open_requests: int
 
 
 @dataclass
@@ -61,56 +47,25 @@ class Times:
     ready_s: float | None = None
 
 
-class Operator:
+class Operator(Watch):
     """Watches a service through its admin API, and its processes."""
 
     def __init__(self, url: str, admin_key: str, root: psutil.Process, fault: str) -> None:
-        self.views: list[View] = []
+        super().__init__(url, admin_key)
         self.deaths: list[Death] = []
         self.replaced: list[float] = []  # when the fault's processes got a new one
         self._root = root
         self._title, self._signal = FAULTS[fault]
         self._known = {p.pid for p in self.processes()}
-        self._http = httpx.AsyncClient(
-            base_url=url,
-            headers={"authorization": f"Bearer {admin_key}"},
-            timeout=5.0,
-            trust_env=False,
-        )
 
-    async def watch(self) -> None:
-        """Until it is cancelled."""
-        while True:
-            with contextlib.suppress(httpx.HTTPError):
-                response = await self._http.get("/admin/v1/placement")
-                if response.is_success:
-                    self.views.append(_view(response.json()))
-            for death in self.deaths:
-                if death.gone_at is None and not _alive(death.process):
-                    death.gone_at = time.monotonic()
-            if self.deaths:
-                new = {p.pid for p in self.processes()} - self._known
-                self._known |= new
-                self.replaced += [time.monotonic()] * len(new)
-            await asyncio.sleep(POLL_S)
-
-    async def wait_serving(self, groups: int, timeout_s: float = 120.0) -> bool:
-        """Whether so many groups serve, as seen from now on, in time."""
-        began = time.monotonic()
-        while time.monotonic() < began + timeout_s:
-            if self.views and (view := self.views[-1]).at > began and len(view.serving) >= groups:
-                return True
-            await asyncio.sleep(POLL_S)
-        return False
-
-    async def wait_empty(self, timeout_s: float) -> float | None:
-        """Seconds until no engine has anything open; None: it took longer."""
-        began = time.monotonic()
-        while time.monotonic() < began + timeout_s:
-            if self.views and (view := self.views[-1]).at > began and not view.open_requests:
-                return view.at - began
-            await asyncio.sleep(POLL_S)
-        return None
+    def look(self) -> None:
+        for death in self.deaths:
+            if death.gone_at is None and not _alive(death.process):
+                death.gone_at = time.monotonic()
+        if self.deaths:
+            new = {p.pid for p in self.processes()} - self._known
+            self._known |= new
+            self.replaced += [time.monotonic()] * len(new)
 
     def processes(self) -> list[psutil.Process]:
         """Those of the fault's kind that live."""
@@ -134,16 +89,13 @@ class Operator:
         if self._title == FAULTS["controller-kill"][0]:
             seen = ready = _changes_of_epoch(self.views)
         else:
-            seen, ready = _changes_of_groups(self.views)
+            seen, ready = changes_of_groups(self.views)
         if self._title == FAULTS["gateway-kill"][0]:
             seen, ready = [], self.replaced
         return [
             Times(_after(d, d.gone_at), _after(d, _at(seen, i)), _after(d, _at(ready, i)))
             for i, d in enumerate(self.deaths)
         ]
-
-    async def close(self) -> None:
-        await self._http.aclose()
 
 
 def _at(moments: Sequence[float], i: int) -> float | None:
@@ -167,31 +119,8 @@ def _changes_of_epoch(views: Sequence[View]) -> list[float]:
     return moments
 
 
-def _changes_of_groups(views: Sequence[View]) -> tuple[list[float], list[float]]:
-    """When groups were first seen to serve no longer, and when new ones did."""
-    left: list[float] = []
-    came: list[float] = []
-    gone: set[str] = set()
-    known = set(views[0].serving)
-    for before, view in itertools.pairwise(views):
-        lost = before.serving - view.serving - gone
-        new = view.serving - known
-        gone |= lost
-        known |= new
-        left += [view.at] * len(lost)
-        came += [view.at] * len(new)
-    return left, came
-
-
 def _alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def _view(status: dict[str, Any]) -> View:
-    groups = status["groups"]
-    serving = frozenset(g["group"] for g in groups if not g["draining"])
-    open_requests = sum(g["running"] + g["queued"] for g in groups)
-    return View(time.monotonic(), status["epoch"], serving, open_requests)

@@ -14,6 +14,7 @@ import httpx
 from _sse import chunks
 
 TIMEOUT_S = 120.0
+FIRM = 0.9  # of the requests, whose answers must not depend on the batch
 OPENINGS = ("The day was", "In the beginning", "Tell me", "A ship", "My son,", "Once")
 
 
@@ -106,6 +107,22 @@ class Load:
         answers = await asyncio.gather(*(ask(job) for job in jobs))
         return list(answers), len(jobs) / (time.monotonic() - began)
 
+    async def firm_answers(self, jobs: Sequence[Job]) -> tuple[list[Job], list[Answer], float]:
+        """Asks all jobs alone and beside others, and leaves out those whose answers differ then.
+
+        Returns:
+            The other jobs, their answers, and requests per second with all jobs at once.
+
+        Raises:
+            ValueError: too many are left out.
+        """
+        expected, capacity = await self.answers(jobs, len(jobs))
+        others = [(await self.answers(jobs, at_once))[0] for at_once in (len(jobs), 8, 2)]
+        firm = [i for i, a in enumerate(expected) if all(answers[i] == a for answers in others)]
+        if len(firm) < FIRM * len(jobs):
+            raise ValueError(f"only {len(firm)} of {len(jobs)} answers are always the same")
+        return [jobs[i] for i in firm], [expected[i] for i in firm], capacity
+
     async def ask(self, job: Job) -> Answer:
         """Raises httpx.HTTPError, or ValueError for a stream that ends before its end."""
         headers = {"authorization": f"Bearer {job.key}"}
@@ -153,6 +170,24 @@ class Load:
             task.add_done_callback(open_.discard)
         await asyncio.gather(*open_)
         return tally
+
+    async def keep(
+        self,
+        jobs: Sequence[Job],
+        expected: Sequence[Answer],
+        clients: int,
+        stop: asyncio.Event,
+        rng: random.Random,
+        tally: Tally,
+    ) -> None:
+        """So many clients, who ask again as soon as they are answered, until `stop`."""
+
+        async def client() -> None:
+            while not stop.is_set():
+                i = rng.randrange(len(jobs))
+                await self._compare(jobs[i], expected[i], tally)
+
+        await asyncio.gather(*(client() for _ in range(clients)))
 
     async def _compare(self, job: Job, expected: Answer, tally: Tally) -> None:
         began = time.monotonic()

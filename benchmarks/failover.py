@@ -38,7 +38,6 @@ from _serving_load import DemoFacts
 
 PACKAGES = ("loraplex", "ray", "torch")
 JOBS = 40
-FIRM = 0.9  # of the requests, whose answers must not depend on the batch
 # A gateway's death: the proxy may still send to it what comes within so long.
 NOTICED_S = 1.0
 EMPTY_S = 10.0  # after the load, the engines must have nothing open by then
@@ -54,15 +53,10 @@ async def storm(
     watching = asyncio.create_task(operator.watch())
     async with Load(facts["url"]) as load:
         await operator.wait_serving(args.groups)
-        expected, capacity = await load.answers(jobs, len(jobs))
-        others = [(await load.answers(jobs, at_once))[0] for at_once in (len(jobs), 8, 2)]
-        firm = [i for i, a in enumerate(expected) if all(answers[i] == a for answers in others)]
-        if len(firm) < FIRM * len(jobs):
-            sys.exit(f"error: only {len(firm)} of {len(jobs)} answers are always the same")
+        firm, expected, capacity = await load.firm_answers(jobs)
         left_out = len(jobs) - len(firm)
-        jobs, expected = [jobs[i] for i in firm], [expected[i] for i in firm]
         stop = asyncio.Event()
-        running = asyncio.create_task(load.run(jobs, expected, args.share * capacity, stop, rng))
+        running = asyncio.create_task(load.run(firm, expected, args.share * capacity, stop, rng))
         ends = time.monotonic() + args.seconds
         while (pause := ends - time.monotonic()) > 0:
             await asyncio.sleep(min(args.every, pause))
@@ -75,7 +69,7 @@ async def storm(
     watching.cancel()
     await operator.close()
     figures = _figures(args, capacity, operator, tally, emptied_s)
-    return figures | {"requests": len(jobs), "left_out": left_out}
+    return figures | {"requests": len(firm), "left_out": left_out}
 
 
 def _figures(

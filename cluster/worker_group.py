@@ -126,7 +126,8 @@ def _replicas(groups: int, scaling: Scaling | None) -> dict[str, Any]:
         max_replicas=scaling.max_groups,
         policy=policy,
         metrics_interval_s=_SCALING_EVERY_S,
-        look_back_period_s=max(_SCALING_EVERY_S, scaling.up_after_s),
+        # Serve wants more than one report in it.
+        look_back_period_s=max(2 * _SCALING_EVERY_S, scaling.up_after_s),
         upscale_delay_s=scaling.up_after_s,
         downscale_delay_s=scaling.down_after_s,
     )

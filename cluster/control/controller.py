@@ -236,7 +236,9 @@ class Controller:
             "epoch": self._epoch,
             "version": self._table.version,
             "groups": [
-                _group_status(report, now - seen, self._plan.desired.get(name, ()))
+                _group_status(
+                    report, now - seen, self._plan.desired.get(name, ()), name in self._came_s
+                )
                 for name, (seen, report) in sorted(self._reports.items())
             ],
             "adapters": {
@@ -332,7 +334,9 @@ def _identity(entry: GroupEntry) -> GroupEntry:
     return replace(entry, queued=0, running=0)
 
 
-def _group_status(report: GroupReport, age_s: float, desired: Sequence[str]) -> dict[str, Any]:
+def _group_status(
+    report: GroupReport, age_s: float, desired: Sequence[str], new: bool
+) -> dict[str, Any]:
     engine = report.engine
     return {
         "group": report.group,
@@ -340,6 +344,7 @@ def _group_status(report: GroupReport, age_s: float, desired: Sequence[str]) -> 
         "address": f"{report.host}:{report.port}",
         "draining": report.draining,
         "leaving": report.leaving,
+        "joining": new,
         "age_s": round(age_s, 3),
         "weights_bytes": engine.weights_bytes,
         "weights_seconds": round(engine.weights_seconds, 3),

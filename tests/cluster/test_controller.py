@@ -164,17 +164,20 @@ def test_a_new_group_gets_requests_once_it_holds_what_it_should_or_after_a_while
     demand = dict.fromkeys(keys(3), 100)
     cluster.step(demand, 20)
     standby = lambda: {g.group for g in cluster.table().groups if g.standby}  # noqa: E731
+    joining = lambda: {  # noqa: E731
+        g["group"] for g in cluster.controller.status()["groups"] if g["joining"]
+    }
     assert not standby()  # the first has nobody to wait for
     cluster.groups.append(new := FakeGroup("new"))
     new.load = lambda *a, **k: None  # type: ignore[method-assign]
     cluster.step(demand)
-    assert standby() == {"new"}
+    assert standby() == joining() == {"new"}
     assert new.desired == [] or not set(new.desired) & set(new.engine.gpu)
     cluster.step(demand)
     assert new.desired
     del new.load
     cluster.step(demand, 2)
-    assert not standby()
+    assert standby() == joining() == set()
     assert set(new.desired) <= set(new.engine.gpu)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +12,15 @@ from loraplex.cluster.errors import SettingsError
 from loraplex.cluster.group_scaling import (
     ByExpectedWait,
     GroupWork,
+    Scaling,
     expected_wait_s,
     wanted_groups,
 )
 from loraplex.cluster.settings import Settings
+from loraplex.cluster.worker_group import WorkerGroupConfig, worker_group_app
 from loraplex.workers import EngineReport
+
+from tests.workers.fake_group import FakeProgram
 
 
 def some_works() -> list[GroupWork]:
@@ -87,3 +92,11 @@ def test_fewer_groups_at_most_than_at_least_are_refused() -> None:
     assert Settings.load(groups=2, max_groups=2).max_groups == 2
     with pytest.raises(SettingsError, match=r"^max_groups = 1: must be at least groups = 2"):
         Settings.load(groups=2, max_groups=1)
+
+
+@pytest.mark.parametrize("up_after_s", [0.1, 2.0, 30.0])
+def test_serve_takes_every_delay_without_a_warning(up_after_s: float) -> None:
+    config = WorkerGroupConfig("groups", FakeProgram(), b"secret")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        worker_group_app(config, 1, Scaling(max_groups=2, up_after_s=up_after_s))
