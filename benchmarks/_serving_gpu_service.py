@@ -149,8 +149,9 @@ def _put(url: str, parts: list[memoryview]) -> None:
 def engine_counters(service: Service) -> dict[str, float]:
     """Of the one group: steps, seconds in them, tokens put out and kernels compiled too late."""
     time.sleep(1.0)  # groups report every 0.5 s
-    headers = {"authorization": f"Bearer {service.admin_key}"}
-    page = httpx.get(f"{service.url}/metrics", headers=headers, trust_env=False)
+    with Client(service.url, service.admin_key) as admin:
+        port = admin.call("GET", "/admin/v1/placement")["metrics_port"]
+    page = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False)
     wanted = {
         "loraplex_engine_steps_total": "steps",
         "loraplex_engine_step_seconds_total": "step_s",

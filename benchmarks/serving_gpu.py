@@ -265,9 +265,6 @@ def main() -> None:
         try:
             result = measure(plan)
         except (RuntimeError, TimeoutError, ClusterError) as error:
-            log = plan.folder / "serve.log"
-            if log.exists():
-                print(log.read_text(errors="replace")[-4000:], file=sys.stderr)
             sys.exit(f"error: {type(error).__name__}: {error}")
     show(result)
     if args.out:
