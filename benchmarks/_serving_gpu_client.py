@@ -46,10 +46,8 @@ class Connection(asyncio.Protocol):
 
     @classmethod
     async def open(cls, url: str) -> Connection:
-        parts = urlsplit(url)
-        loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(cls, parts.hostname, parts.port)
-        return connection
+        loop, parts = asyncio.get_running_loop(), urlsplit(url)
+        return (await loop.create_connection(cls, str(parts.hostname), parts.port or 80))[1]
 
     async def ask(self, request: bytes, tokens: int) -> Answer:
         """
@@ -107,7 +105,9 @@ def request(url: str, adapter: Adapter, prompt: Sequence[int], tokens: int) -> b
     ).encode()
 
 
-async def ask_all(connections: list[Connection], requests: list[bytes], tokens: int) -> list[Answer]:
+async def ask_all(
+    connections: list[Connection], requests: list[bytes], tokens: int
+) -> list[Answer]:
     """All at once, each on its connection."""
     pairs = zip(connections, requests, strict=False)
     return list(await asyncio.gather(*(c.ask(request, tokens) for c, request in pairs)))

@@ -51,12 +51,16 @@ class Service:
 
 
 @contextmanager
-def service(plan: Plan) -> Iterator[Service]:
-    """`loraplex serve` on a free port and a fresh data folder; ends with the block."""
+def service(plan: Plan, haproxy: bool) -> Iterator[Service]:
+    """`loraplex serve` on a free port; ends with the block. What it keeps is there for the next.
+
+    Args:
+        haproxy: stands before the gateways, instead of Ray Serve's own proxy.
+    """
     data, log, port = plan.folder / "data", plan.folder / "serve.log", free_port()
     command = [sys.executable, "-m", "loraplex.cluster.cli", "serve"]
     command += ["--port", str(port), "--data-dir", str(data)]
-    for name, value in plan.all_settings().items():
+    for name, value in {**plan.all_settings(), "haproxy": str(haproxy)}.items():
         command += ["--set", f"{name}={value}"]
     with log.open("wb") as out:
         process = subprocess.Popen(
