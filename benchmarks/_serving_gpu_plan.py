@@ -88,9 +88,9 @@ class Plan:
             "gateway_replicas": self.gateways,
             "max_running": self.streams,
             "max_batch_tokens": self.shape.max_batch_tokens,
-            # Twice the streams: an adapter's or a tenant's prefix cache takes nothing from them.
+            # For twice the streams, so that none waits for blocks that cached prefixes hold.
             "kv_tokens": 2 * self.streams * -(-context // _BLOCK) * _BLOCK,
-            "max_context": self.shape.config["max_position_embeddings"],
+            "max_context": 2048,  # as in benchmarks/engine.py
             "pool_bytes": (self.adapters + 1) * (self.adapter_bytes * width + (16 << 20)),
             # All adapters stay in the pool, so nothing is kept in memory besides.
             "host_cache_bytes": 0,
@@ -113,7 +113,7 @@ class Plan:
         (self.model / "config.json").write_text(json.dumps(self.shape.config))
         tokenizer = json.loads((DEMO / "model/tokenizer.json").read_text())
         vocab = tokenizer["model"]["vocab"]
-        # The demo's own tokens have no digit in front of a letter.
+        # None of the demo's own tokens has more than one digit.
         more = range(len(vocab), self.shape.config["vocab_size"])
         vocab |= {f"{number:06x}": number for number in more}
         (self.model / "tokenizer.json").write_text(json.dumps(tokenizer))

@@ -73,7 +73,11 @@ def service(plan: Plan, haproxy: bool) -> Iterator[Service]:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
-        process.wait(_STOP_S)
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its watchdog ends what it has started
+            process.wait()
 
 
 def _wait_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:

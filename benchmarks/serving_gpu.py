@@ -50,6 +50,7 @@ from _serving_gpu_service import publish, service
 from loraplex.cluster.errors import ClusterError
 
 PACKAGES = ("torch", "triton", "ray", "uvicorn", "fastapi")
+FAILURES = (RuntimeError, TimeoutError, ClusterError, OSError, httpx.HTTPError)
 
 
 class Phases:
@@ -61,9 +62,10 @@ class Phases:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         print(f"{name} ...", flush=True)
-        began = time.monotonic()
+        began, inside = time.monotonic(), sum(self.seconds.values())
         yield
-        self.seconds[name] = round(time.monotonic() - began, 1)
+        inside = sum(self.seconds.values()) - inside  # phases within this one
+        self.seconds[name] = round(time.monotonic() - began - inside, 1)
         print(f"{name}: {self.seconds[name]:.1f} s", flush=True)
 
     def has_room_for_another_front(self, limit_s: float) -> bool:
@@ -98,29 +100,32 @@ def make_plan(args: argparse.Namespace, folder: Path, device: str) -> Plan:
     )
 
 
-def over_http(plan: Plan, phases: Phases, haproxy: bool, limit_s: float) -> dict[str, Any]:
-    """Starts the service once for each front, the first time to fill its store."""
+def over_http(
+    plan: Plan, phases: Phases, haproxy: bool, limit_s: float
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Starts the service once for each front, the first time to fill its store.
+
+    Returns:
+        Figures by front, and why there are none of the front that failed.
+    """
     found: dict[str, Any] = {}
     adapters: list[Adapter] = []
     for front in ("Serve's proxy", "HAProxy")[: 1 + haproxy]:
-        if found and not phases.has_room_for_another_front(limit_s):
-            print(f"left out: {front} would pass --limit {limit_s:.0f}")
-            break
         name = f"HTTP by {front}"
-        with phases.phase(f"{name}, start"):
-            running = service(plan, haproxy=front == "HAProxy")
-            served = running.__enter__()
+        if found and not phases.has_room_for_another_front(limit_s):
+            print(f"left out: {name} would pass --limit {limit_s:.0f}")
+            break
         try:
-            if not adapters:
-                with phases.phase("uploads"):
-                    adapters = publish(plan, served)
-            with phases.phase(f"{name}, rounds"):
-                found[front] = asyncio.run(measure_streams(plan, served, adapters))
-        finally:
-            with phases.phase(f"{name}, stop"):
-                running.__exit__(None, None, None)
+            with phases.phase(f"{name}, start and stop"), service(plan, front == "HAProxy") as up:
+                if not adapters:
+                    with phases.phase("uploads"):
+                        adapters = publish(plan, up)
+                with phases.phase(f"{name}, rounds"):
+                    found[front] = asyncio.run(measure_streams(plan, up, adapters))
+        except FAILURES as error:
+            return found, {front: f"{type(error).__name__}: {error}"}
         print(rates(name, found[front]["tokens_s"]), flush=True)
-    return found
+    return found, {}
 
 
 def measure(plan: Plan, haproxy: bool, limit_s: float) -> dict[str, Any]:
@@ -132,7 +137,7 @@ def measure(plan: Plan, haproxy: bool, limit_s: float) -> dict[str, Any]:
     with phases.phase("engine alone"), ProcessPoolExecutor(1, get_context("spawn")) as pool:
         engine = pool.submit(measure_engine, plan).result()
     print(rates("engine alone", engine["tokens_s"]), flush=True)
-    http = over_http(plan, phases, haproxy, limit_s)
+    http, failed = over_http(plan, phases, haproxy, limit_s)
     alone = statistics.median(engine["tokens_s"])
     for figures in http.values():
         figures["share"] = statistics.median(figures["tokens_s"]) / alone
@@ -151,6 +156,7 @@ def measure(plan: Plan, haproxy: bool, limit_s: float) -> dict[str, Any]:
         "settings": {k: v for k, v in plan.all_settings().items() if k != "model_path"},
         "engine_alone": engine,
         "service": http,
+        "failed": failed,
         "bar": BAR,
         "phases_s": phases.seconds,
     }
@@ -175,12 +181,14 @@ def main() -> None:
             )
         try:
             result = measure(plan, args.haproxy, args.limit)
-        except (RuntimeError, TimeoutError, ClusterError, OSError, httpx.HTTPError) as error:
+        except FAILURES as error:
             sys.exit(f"error: {type(error).__name__}: {error}")
     show(result)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written to {args.out}")
+    if result["failed"]:
+        sys.exit("".join(f"error: HTTP by {k}: {text}" for k, text in result["failed"].items()))
 
 
 if __name__ == "__main__":
