@@ -95,6 +95,7 @@ class _Link(FrameProtocol):
         self.draining = False
         self.load = GroupLoad(0.0)  # as far as is known here
         self.resident: frozenset[str] = frozenset()
+        self.waits: dict[str, float] = {}  # as told last
         self._group = group
         self._handshake: ClientHandshake | None = ClientHandshake(secret)
 
@@ -112,6 +113,7 @@ class _Link(FrameProtocol):
         elif kind == "report":
             self._note_report(frame)
         elif kind == "ping":
+            self.waits = frame["waits"]
             self._note_load(frame["load"])
         elif kind == "draining":
             self.draining = True
@@ -152,10 +154,11 @@ class _Link(FrameProtocol):
             load["wait_s"],
             load["token_s"],
             self.resident,
+            self.waits,
         )
 
     def _note_report(self, report: Frame) -> None:
-        self.resident = frozenset(report["gpu"])
+        self.resident, self.waits = frozenset(report["gpu"]), report["waits"]
         self._note_load(report["load"])
 
 
@@ -234,7 +237,9 @@ class GroupConnection:
         stream = GroupStream(link, request.request_id, self._window)
         link.streams[request.request_id] = stream
         tokens = len(request.prompt_ids) + len(request.output_ids)
-        link.load = link.load.after(tokens)  # until the group's next figures, which count it
+        link.load = link.load.after(
+            request.tenant_id, tokens
+        )  # until the group's next figures, which count it
         link.send({"t": "submit", "req": request.to_wire(), "credit": self._window})
         return stream
 

@@ -19,20 +19,31 @@ class GroupLoad:
 
     Args:
         requests: open ones, of all gateways.
-        wait_s: expected until a new request's prompt is begun.
+        wait_s: expected until the prompt of a new request is begun, of a tenant that has none
+            waiting there.
         token_s: seconds that a prompt token takes.
         resident: keys of the adapters in the group's pool.
+        waits: instead of `wait_s`, for the tenants that have most waiting.
     """
 
     requests: float
     wait_s: float = 0.0
     token_s: float = 0.0
     resident: Container[str] = frozenset()
+    waits: Mapping[str, float] = field(default_factory=dict)
 
-    def after(self, prompt_tokens: int) -> GroupLoad:
-        """The load with one more request."""
-        wait_s = self.wait_s + prompt_tokens * self.token_s
-        return GroupLoad(self.requests + 1, wait_s, self.token_s, self.resident)
+    def wait_of(self, tenant: str) -> float:
+        return self.waits.get(tenant, self.wait_s)
+
+    def after(self, tenant: str, prompt_tokens: int) -> GroupLoad:
+        """The load with one more request. Who has requests waiting delays only itself."""
+        wait_s, waits = self.wait_s, self.waits
+        added_s = prompt_tokens * self.token_s
+        if tenant in waits:
+            waits = {**waits, tenant: waits[tenant] + added_s}
+        else:
+            wait_s += added_s
+        return GroupLoad(self.requests + 1, wait_s, self.token_s, self.resident, waits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +55,14 @@ class Ask:
         prompt_hash: 64 bits of the prompt's first tokens, the same for the same prompt.
         prompt_tokens: to be computed.
         cached: group -> how many of them its prefix cache should have (`PrefixRecord.cached`).
+        tenant: whose it is.
     """
 
     adapter_key: str | None
     prompt_hash: int
     prompt_tokens: int = 0
     cached: Mapping[str, int] = field(default_factory=dict)
+    tenant: str = ""
 
 
 @dataclass(frozen=True)
@@ -205,7 +218,8 @@ class _View:
 
     def delay_s(self, name: str) -> float:
         load = self._loads[name]
-        return load.wait_s + load.token_s * (self.ask.prompt_tokens - self.ask.cached.get(name, 0))
+        tokens = self.ask.prompt_tokens - self.ask.cached.get(name, 0)
+        return load.wait_of(self.ask.tenant) + load.token_s * tokens
 
     def by_load_time(self, key: str, names: list[str]) -> Iterator[tuple[str, float]]:
         """Groups that aren't overloaded, and the seconds that the adapter takes to get there and

@@ -47,11 +47,13 @@ if TYPE_CHECKING:
         TokenOutput,
     )
     from .sampling.grammar import check_grammar
+    from .turns import Backlog, expected_waits
     from .wire import DEAD_AFTER_S, HANDSHAKE_TIMEOUT_S, PING_EVERY_S, Frame
 
 _HOME = {
     "AdapterRef": "request",
     "AdapterTooLarge": "errors",
+    "Backlog": "turns",
     "ClientHandshake": "handshake",
     "DEAD_AFTER_S": "wire",
     "Engine": "engine",
@@ -94,6 +96,7 @@ _HOME = {
     "WorkerError": "errors",
     "check_grammar": "sampling.grammar",
     "run_follower": "model_runner",
+    "expected_waits": "turns",
     "run_rank": "engine_process",
 }
 
@@ -103,6 +106,7 @@ __all__ = [
     "PING_EVERY_S",
     "AdapterRef",
     "AdapterTooLarge",
+    "Backlog",
     "ClientHandshake",
     "Engine",
     "EngineConfig",
@@ -141,6 +145,7 @@ __all__ = [
     "WireError",
     "WorkerError",
     "check_grammar",
+    "expected_waits",
     "run_follower",
     "run_rank",
 ]

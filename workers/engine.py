@@ -34,6 +34,7 @@ from .sampling.grammar import Grammars
 from .scheduler import Refusal, Scheduler
 from .sequence import Sequence
 from .step import Step
+from .turns import expected_waits
 
 log = logging.getLogger(__name__)
 
@@ -244,8 +245,14 @@ class Engine:
         r.token_s = self._pace.token_s
         r.max_running = self.config.max_running
         free_rows = r.max_running - r.running
-        r.prompt_tokens_pending = s.prompt_tokens_pending()
-        r.wait_s = self._pace.wait_s(r.prompt_tokens_pending, r.queued, free_rows)
+        backlogs = s.backlogs()
+        r.prompt_tokens_pending = sum(b.tokens for b in backlogs.values())
+        r.wait_s, r.waits = expected_waits(
+            backlogs,
+            s.vtc,
+            self.config.max_batch_tokens,
+            lambda tokens, queued: self._pace.wait_s(tokens, queued, free_rows),
+        )
         r.end_s = self._pace.ends_every_s
         r.kv_blocks_total, r.kv_blocks_used = self._kv.total, self._kv.used
         r.preemptions, r.prefix_hit_tokens = s.preemptions, s.prefix_hit_tokens

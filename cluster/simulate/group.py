@@ -7,10 +7,11 @@ its requests and not with their tokens; an arrival cuts the stretch at the next 
 from __future__ import annotations
 
 import heapq
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from dataclasses import replace
 
-from ...workers import EngineReport, GroupReport, Pace
+from ...workers import Backlog, EngineReport, GroupReport, Pace
 from ..routing import GroupLoad
 from .clock import Clock
 from .cores import Cores
@@ -64,7 +65,7 @@ class SimGroup:
         self._rows: Counter[tuple[str, str | None]] = Counter()  # decoding, by tenant and adapter
         self._adapters: Counter[str] = Counter()  # in steps, by adapter
         self._kv_used = 0
-        self._prompt_waiting = 0
+        self._waiting: defaultdict[str, Backlog] = defaultdict(Backlog)  # by tenant
         self._prefixes: OrderedDict[tuple[str | None, int], int] = OrderedDict()
         self._steps = 0
         self._stretch: Stretch | None = None
@@ -87,21 +88,20 @@ class SimGroup:
         return self._load
 
     def _load_now(self) -> GroupLoad:
-        pending = self._prompt_waiting + sum(r.prefill_left for r in self._prefilling)
+        backlogs = {t: replace(b) for t, b in self._waiting.items() if b.queued}
+        for run in self._prefilling:
+            if run.prefill_left:
+                backlogs.setdefault(run.request.tenant, Backlog()).tokens += run.prefill_left
         free = self.hardware.max_running - self.running
-        return GroupLoad(
-            requests=self.requests,
-            wait_s=self.pace.wait_s(pending, len(self.queue), free),
-            token_s=self.pace.token_s,
-            resident=self.pool.resident,
-        )
+        wait_s, own = self.queue.waits(backlogs, lambda t, n: self.pace.wait_s(t, n, free))
+        return GroupLoad(self.requests, wait_s, self.pace.token_s, self.pool.resident, own)
 
     def group_report(self) -> GroupReport:
         """Live: its dictionaries are the group's own."""
         load = self.load()
         r = self.report
         r.queued, r.running, r.steps = len(self.queue), self.running, self._steps
-        r.wait_s, r.token_s = load.wait_s, load.token_s
+        r.wait_s, r.token_s, r.waits = load.wait_s, load.token_s, dict(load.waits)
         return GroupReport("sim", self.name, self.tiers.name, 1, 0, False, r)
 
     # Events
@@ -109,7 +109,9 @@ class SimGroup:
     def submit(self, run: Run) -> None:
         run.groups.append(self.name)
         self._load = None
-        self._prompt_waiting += run.request.prompt_tokens + run.done
+        backlog = self._waiting[run.request.tenant]
+        backlog.queued += 1
+        backlog.tokens += run.request.prompt_tokens + run.done
         self.queue.push(run)
         if self.queue.fair and run.request.adapter is not None:
             self.pool.want(run.request.adapter)
@@ -280,7 +282,9 @@ class SimGroup:
 
     def _start(self, run: Run) -> None:
         r = run.request
-        self._prompt_waiting -= r.prompt_tokens + run.done
+        backlog = self._waiting[r.tenant]
+        backlog.queued -= 1
+        backlog.tokens -= r.prompt_tokens + run.done
         self._kv_used += run.tokens
         if r.adapter is not None:
             self._adapters[r.adapter] += 1

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from ...workers import EngineConfig, FairQueue, Places, Prices, VirtualTokenCounter
+from ...workers import (
+    Backlog,
+    EngineConfig,
+    FairQueue,
+    Places,
+    Prices,
+    VirtualTokenCounter,
+    expected_waits,
+)
 from .run import Run
 
 OVERTAKE_LIMIT = 8  # requests that start while another waits for room in the pool
@@ -68,6 +76,16 @@ class Queue(Protocol):
 
     def decoded(self, owner: tuple[str, str | None], tokens: int) -> None:
         """The requests of a tenant's adapter got so many tokens."""
+        ...
+
+    def waits(
+        self, backlogs: Mapping[str, Backlog], wait_s: Callable[[float, float], float]
+    ) -> tuple[float, dict[str, float]]:
+        """Seconds until a new request's prompt is begun, in general and for some tenants.
+
+        Args:
+            wait_s: of so many prompt tokens and queued requests before it.
+        """
         ...
 
 
@@ -135,6 +153,11 @@ class Fifo:
     def decoded(self, owner: tuple[str, str | None], tokens: int) -> None:
         pass
 
+    def waits(
+        self, backlogs: Mapping[str, Backlog], wait_s: Callable[[float, float], float]
+    ) -> tuple[float, dict[str, float]]:
+        return wait_s(sum(b.tokens for b in backlogs.values()), len(self)), {}
+
 
 class Fair:
     """The engine's own queue, counters, prices and places, asked as its scheduler asks them.
@@ -143,14 +166,16 @@ class Fair:
 
     Args:
         ranks: adapter key -> rank.
+        max_running, step_tokens: as `EngineConfig`'s max_running and max_batch_tokens.
     """
 
     fair = True
 
-    def __init__(self, max_running: int, ranks: Mapping[str, int]) -> None:
+    def __init__(self, max_running: int, step_tokens: int, ranks: Mapping[str, int]) -> None:
         slack = EngineConfig.overtake_slack
         self.vtc = VirtualTokenCounter(slack)
         self._queue: FairQueue[Run] = FairQueue(self.vtc, slack)
+        self._step_tokens = step_tokens
         self._places, self._prices, self._ranks = Places(max_running), Prices(), ranks
 
     def __len__(self) -> int:
@@ -164,7 +189,8 @@ class Fair:
 
     def candidates(self, blocked: bool) -> Iterator[Run]:
         for run in self._queue.candidates():
-            if self._places.open_to(run.request.tenant):
+            tenant = run.request.tenant
+            if self._places.open_to(tenant, self.vtc.behind(tenant)):
                 yield run
             else:
                 self._queue.pass_over(run)
@@ -199,6 +225,11 @@ class Fair:
 
     def decoded(self, owner: tuple[str, str | None], tokens: int) -> None:
         self._charge(owner, 0, tokens)
+
+    def waits(
+        self, backlogs: Mapping[str, Backlog], wait_s: Callable[[float, float], float]
+    ) -> tuple[float, dict[str, float]]:
+        return expected_waits(backlogs, self.vtc, self._step_tokens, wait_s)
 
     def _charge(self, owner: tuple[str, str | None], inputs: int, outputs: int) -> None:
         tenant, adapter = owner
