@@ -11,6 +11,7 @@ from .control.table import GroupEntry, RoutingTable
 from .rendezvous import rank
 
 Reason = Literal["base", "placed", "cold", "spill"]
+Floods = Mapping[str, tuple[float, float]]  # tenant -> (open requests, expected wait in seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,31 +20,39 @@ class GroupLoad:
 
     Args:
         requests: open ones, of all gateways.
-        wait_s: expected until the prompt of a new request is begun, of a tenant that has none
-            waiting there.
+        wait_s: expected until a new request's prompt is begun.
         token_s: seconds that a prompt token takes.
         resident: keys of the adapters in the group's pool.
-        waits: instead of `wait_s`, for the tenants that have most waiting.
+        floods: tenants whose requests wait behind those of others: how many each has open, and
+            its own wait instead of `wait_s`.
     """
 
     requests: float
     wait_s: float = 0.0
     token_s: float = 0.0
     resident: Container[str] = frozenset()
-    waits: Mapping[str, float] = field(default_factory=dict)
+    floods: Floods = field(default_factory=dict)
 
-    def wait_of(self, tenant: str) -> float:
-        return self.waits.get(tenant, self.wait_s)
+    def seen_by(self, tenant: str) -> tuple[float, float]:
+        """Requests beside or before a new one of the tenant's, and its wait."""
+        if not self.floods:
+            return self.requests, self.wait_s
+        own = self.floods.get(tenant)
+        if own is not None:
+            return self.requests, own[1]
+        # The groups' figures may be older than those of their requests.
+        return max(0.0, self.requests - sum([n for n, _ in self.floods.values()])), self.wait_s
 
     def after(self, tenant: str, prompt_tokens: int) -> GroupLoad:
         """The load with one more request. Who has requests waiting delays only itself."""
-        wait_s, waits = self.wait_s, self.waits
+        wait_s, floods = self.wait_s, self.floods
         added_s = prompt_tokens * self.token_s
-        if tenant in waits:
-            waits = {**waits, tenant: waits[tenant] + added_s}
+        if tenant in floods:
+            n, own_s = floods[tenant]
+            floods = {**floods, tenant: (n + 1, own_s + added_s)}
         else:
             wait_s += added_s
-        return GroupLoad(self.requests + 1, wait_s, self.token_s, self.resident, waits)
+        return GroupLoad(self.requests + 1, wait_s, self.token_s, self.resident, floods)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,22 +219,24 @@ class _View:
         self.ask, self.policy = ask, policy
         self._table = table
         self._loads = {name: loads.get(name) or _known(table.serving[name]) for name in names}
-        mean = sum([load.requests for load in self._loads.values()]) / len(names)
+        seen = {name: load.seen_by(ask.tenant) for name, load in self._loads.items()}
+        self._seen = seen
+        mean = sum([requests for requests, _ in seen.values()]) / len(names)
         self._bound = policy.bound_factor * mean + policy.bound_slack
 
     def overloaded(self, name: str) -> bool:
-        return self._loads[name].requests > self._bound
+        return self._seen[name][0] > self._bound
 
     def delay_s(self, name: str) -> float:
         load = self._loads[name]
         tokens = self.ask.prompt_tokens - self.ask.cached.get(name, 0)
-        return load.wait_of(self.ask.tenant) + load.token_s * tokens
+        return self._seen[name][1] + load.token_s * tokens
 
     def by_load_time(self, key: str, names: list[str]) -> Iterator[tuple[str, float]]:
         """Groups that aren't overloaded, and the seconds that the adapter takes to get there and
         its bytes are worth: where it is (none), then where its pack is, then others; each in the
         adapter's hash order."""
-        open_to = [n for n in names if self._loads[n].requests <= self._bound]
+        open_to = [n for n in names if self._seen[n][0] <= self._bound]
         resident = [n for n in open_to if key in self._loads[n].resident]
         yield from ((n, 0.0) for n in rank(key, resident))
         nbytes, price_s = self._table.sizes.get(key, 0), self.policy.spill_gain_s
@@ -238,7 +249,7 @@ class _View:
     def quickest(self, names: Iterable[str]) -> str:
         """The least delay, then the least load. Among equals the prompt decides, so that idle
         groups share traffic and keep prefixes."""
-        scores = {n: (self.delay_s(n), self._loads[n].requests) for n in names}
+        scores = {n: (self.delay_s(n), self._seen[n][0]) for n in names}
         best = min(scores.values())
         equal = [n for n, score in scores.items() if score == best]
         return equal[0] if len(equal) == 1 else rank(self.ask.prompt_hash, equal)[0]

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
         TokenOutput,
     )
     from .sampling.grammar import check_grammar
-    from .turns import Backlog, expected_waits
+    from .turns import Backlog, Waits, expected_waits
     from .wire import DEAD_AFTER_S, HANDSHAKE_TIMEOUT_S, PING_EVERY_S, Frame
 
 _HOME = {
@@ -91,6 +91,7 @@ _HOME = {
     "TokenLogprob": "request",
     "TokenOutput": "request",
     "VirtualTokenCounter": "fairness",
+    "Waits": "turns",
     "WireAuthError": "errors",
     "WireError": "errors",
     "WorkerError": "errors",
@@ -141,6 +142,7 @@ __all__ = [
     "TokenLogprob",
     "TokenOutput",
     "VirtualTokenCounter",
+    "Waits",
     "WireAuthError",
     "WireError",
     "WorkerError",

@@ -247,12 +247,13 @@ class Engine:
         free_rows = r.max_running - r.running
         backlogs = s.backlogs()
         r.prompt_tokens_pending = sum(b.tokens for b in backlogs.values())
-        r.wait_s, r.waits = expected_waits(
+        waits = expected_waits(
             backlogs,
             s.vtc,
             self.config.max_batch_tokens,
             lambda tokens, queued: self._pace.wait_s(tokens, queued, free_rows),
         )
+        r.wait_s, r.floods = waits.wait_s, waits.floods
         r.end_s = self._pace.ends_every_s
         r.kv_blocks_total, r.kv_blocks_used = self._kv.total, self._kv.used
         r.preemptions, r.prefix_hit_tokens = s.preemptions, s.prefix_hit_tokens

@@ -33,10 +33,10 @@ class EngineReport:
     host_bytes_total: int = 0  # of the node's tier in memory; 0: it has none
     prompt_tokens_pending: int = 0  # of waiting and begun prompts, not computed yet
     end_s: float = 0.0  # from one request's end to the next, while steps run
-    # Expected until a new request's prompt is begun: of a tenant that has nothing waiting here, and
-    # of the few with the most (`turns.waits`).
+    # Expected until a new request's prompt is begun; tenants that flood the group have their own
+    # wait, beside the number of their open requests (`turns.Waits`).
     wait_s: float = 0.0
-    waits: dict[str, float] = field(default_factory=dict)
+    floods: dict[str, tuple[int, float]] = field(default_factory=dict)
     token_s: float = 0.0  # that a prompt token takes, in steps with others
     gpu: dict[str, int] = field(default_factory=dict)  # resident in the pool: key -> bytes
     host: dict[str, int] = field(default_factory=dict)  # packs in this node's memory: key -> bytes

@@ -87,14 +87,15 @@ class Scheduler:
             self._free(seq)
 
     def backlogs(self) -> dict[str, Backlog]:
-        """By tenant, of those that have any."""
+        """By tenant."""
         backlogs: dict[str, Backlog] = {}
         for seq in (*self.waiting, *self.running):
-            if seq.pending > 1 or seq.slot is None:
-                r = seq.request
-                backlog = backlogs.setdefault(r.tenant_id, Backlog(weight=r.weight))
-                backlog.queued += seq.slot is None
-                backlog.tokens += seq.pending
+            r = seq.request
+            backlog = backlogs.setdefault(r.tenant_id, Backlog(weight=r.weight))
+            waits = seq.slot is None
+            backlog.open += 1
+            backlog.queued += waits
+            backlog.tokens += seq.pending if waits or seq.pending > 1 else 0
         return backlogs
 
     def may_preempt(self) -> bool:

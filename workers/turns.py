@@ -1,7 +1,7 @@
 """How long new requests would wait in a group that serves tenants by turns.
 
-A tenant's backlog delays itself: the others' requests go in between (see `fairness`). So a group
-tells one wait for whoever has nothing waiting, and others for the few tenants who have most.
+Who floods a group delays itself: the others' requests go before (see `fairness`). So a group tells
+one wait for everybody, and apart from that the few tenants who have most waiting, with their own.
 """
 
 from __future__ import annotations
@@ -12,22 +12,39 @@ from heapq import nlargest
 
 from .fairness import VirtualTokenCounter
 
-TOLD_WAITS = 4  # tenants whose own wait is told
+TOLD_FLOODS = 4  # tenants that are told apart
 
 
 @dataclass(slots=True)
 class Backlog:
-    """A tenant's open work.
+    """A tenant's open requests.
 
     Attributes:
-        queued: requests that wait.
-        tokens: of these and of begun prompts, those that aren't computed yet; above 0.
+        open: all of them.
+        queued: those that wait.
+        tokens: of their prompts, those that aren't computed yet.
         weight: the tenant's.
     """
 
+    open: int = 0
     queued: int = 0
     tokens: int = 0
     weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Waits:
+    """Seconds until a new request's prompt is begun.
+
+    Attributes:
+        wait_s: of a tenant with nothing waiting that stands at the floor; who is below its share
+            comes sooner.
+        floods: tenant -> (its open requests, seconds), of at most TOLD_FLOODS that have used their
+            share and have most waiting.
+    """
+
+    wait_s: float
+    floods: dict[str, tuple[int, float]]
 
 
 def expected_waits(
@@ -35,37 +52,32 @@ def expected_waits(
     vtc: VirtualTokenCounter,
     step_tokens: int,
     wait_s: Callable[[float, float], float],
-) -> tuple[float, dict[str, float]]:
-    """Seconds until a new request's prompt is begun.
-
+) -> Waits:
+    """
     A request's turn has come when its tenant's counter, which the tenant's own backlog raises
     first, is the lowest; until then the others' backlogs are worked on as far as that raises their
-    counters to the same level. Answers aren't counted in this: their lengths aren't known. A tenant
-    that has nothing waiting is taken to stand at the floor, above all who are below their share.
-    What comes after a request may still fill its step up.
+    counters to the same level. Answers aren't counted in this: their lengths aren't known. What
+    comes after a request may still fill its step up.
 
     Args:
         step_tokens: that a step computes at most.
         wait_s: of so many prompt tokens and queued requests before it (`Pace.wait_s`).
-
-    Returns:
-        That of a tenant with nothing waiting, and those of the TOLD_WAITS with the most.
     """
-    total = sum(b.tokens for b in backlogs.values())
+    pending = {t: b for t, b in backlogs.items() if b.tokens}
+    total = sum(b.tokens for b in pending.values())
 
     def at(level: float, own: str | None) -> float:
         tokens = queued = 0.0
-        for tenant, backlog in backlogs.items():
-            share = 1.0
-            if tenant != own:
-                rise = backlog.tokens / backlog.weight
-                share = min(1.0, max(0.0, level - vtc.counter(tenant)) / rise)
-            tokens += share * backlog.tokens
-            queued += share * backlog.queued
+        for tenant, b in pending.items():
+            rise = max(0.0, level - vtc.counter(tenant))
+            share = 1.0 if tenant == own else min(1.0, rise * b.weight / b.tokens)
+            tokens += share * b.tokens
+            queued += share * b.queued
         return wait_s(tokens + min(total - tokens, step_tokens), queued)
 
-    most = nlargest(
-        TOLD_WAITS, (t for t, b in backlogs.items() if b.queued), key=lambda t: backlogs[t].tokens
-    )
-    own = {t: at(vtc.counter(t) + backlogs[t].tokens / backlogs[t].weight, t) for t in most}
-    return at(vtc.floor, None), own
+    flooding = (t for t, b in pending.items() if b.queued and not vtc.behind(t))
+    floods = {}
+    for tenant in nlargest(TOLD_FLOODS, flooding, key=lambda t: pending[t].tokens):
+        b = pending[tenant]
+        floods[tenant] = b.open, at(vtc.counter(tenant) + b.tokens / b.weight, tenant)
+    return Waits(at(vtc.floor, None), floods)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
-from dataclasses import replace
 
 from ...workers import Backlog, EngineReport, GroupReport, Pace
 from ..routing import GroupLoad
@@ -65,7 +64,7 @@ class SimGroup:
         self._rows: Counter[tuple[str, str | None]] = Counter()  # decoding, by tenant and adapter
         self._adapters: Counter[str] = Counter()  # in steps, by adapter
         self._kv_used = 0
-        self._waiting: defaultdict[str, Backlog] = defaultdict(Backlog)  # by tenant
+        self._backlogs: defaultdict[str, Backlog] = defaultdict(Backlog)  # by tenant
         self._prefixes: OrderedDict[tuple[str | None, int], int] = OrderedDict()
         self._steps = 0
         self._stretch: Stretch | None = None
@@ -88,20 +87,18 @@ class SimGroup:
         return self._load
 
     def _load_now(self) -> GroupLoad:
-        backlogs = {t: replace(b) for t, b in self._waiting.items() if b.queued}
-        for run in self._prefilling:
-            if run.prefill_left:
-                backlogs.setdefault(run.request.tenant, Backlog()).tokens += run.prefill_left
         free = self.hardware.max_running - self.running
-        wait_s, own = self.queue.waits(backlogs, lambda t, n: self.pace.wait_s(t, n, free))
-        return GroupLoad(self.requests, wait_s, self.pace.token_s, self.pool.resident, own)
+        waits = self.queue.waits(self._backlogs, lambda t, n: self.pace.wait_s(t, n, free))
+        return GroupLoad(
+            self.requests, waits.wait_s, self.pace.token_s, self.pool.resident, waits.floods
+        )
 
     def group_report(self) -> GroupReport:
         """Live: its dictionaries are the group's own."""
         load = self.load()
         r = self.report
         r.queued, r.running, r.steps = len(self.queue), self.running, self._steps
-        r.wait_s, r.token_s, r.waits = load.wait_s, load.token_s, dict(load.waits)
+        r.wait_s, r.token_s = load.wait_s, load.token_s
         return GroupReport("sim", self.name, self.tiers.name, 1, 0, False, r)
 
     # Events
@@ -109,7 +106,8 @@ class SimGroup:
     def submit(self, run: Run) -> None:
         run.groups.append(self.name)
         self._load = None
-        backlog = self._waiting[run.request.tenant]
+        backlog = self._backlogs[run.request.tenant]
+        backlog.open += 1
         backlog.queued += 1
         backlog.tokens += run.request.prompt_tokens + run.done
         self.queue.push(run)
@@ -220,8 +218,11 @@ class SimGroup:
         self._free(run)
 
     def _free(self, run: Run) -> None:
-        key = run.request.adapter
+        key, tenant = run.request.adapter, run.request.tenant
         self._kv_used -= run.tokens
+        self._backlogs[tenant].open -= 1
+        if not self._backlogs[tenant].open:
+            del self._backlogs[tenant]
         self.queue.end(run)
         if key is not None:
             self._adapters[key] -= 1
@@ -241,6 +242,7 @@ class SimGroup:
             nonlocal left
             chunk = min(run.prefill_left, left)
             run.prefill_left -= chunk
+            self._backlogs[run.request.tenant].tokens -= chunk
             left -= chunk
             self.queue.prefilled(run, chunk)
 
@@ -282,14 +284,15 @@ class SimGroup:
 
     def _start(self, run: Run) -> None:
         r = run.request
-        backlog = self._waiting[r.tenant]
-        backlog.queued -= 1
-        backlog.tokens -= r.prompt_tokens + run.done
         self._kv_used += run.tokens
         if r.adapter is not None:
             self._adapters[r.adapter] += 1
         run.holds_adapter = False
-        run.prefill_left = max(1, r.prompt_tokens + run.done - self._cached(r))
+        prompt_tokens = r.prompt_tokens + run.done
+        run.prefill_left = max(1, prompt_tokens - self._cached(r))
+        backlog = self._backlogs[r.tenant]
+        backlog.queued -= 1
+        backlog.tokens += run.prefill_left - prompt_tokens
         self._count(self.report.prompt_tokens, r.adapter, run.prefill_left)
         self._prefilling.append(run)
 

@@ -12,6 +12,7 @@ from ...workers import (
     Places,
     Prices,
     VirtualTokenCounter,
+    Waits,
     expected_waits,
 )
 from .run import Run
@@ -80,12 +81,8 @@ class Queue(Protocol):
 
     def waits(
         self, backlogs: Mapping[str, Backlog], wait_s: Callable[[float, float], float]
-    ) -> tuple[float, dict[str, float]]:
-        """Seconds until a new request's prompt is begun, in general and for some tenants.
-
-        Args:
-            wait_s: of so many prompt tokens and queued requests before it.
-        """
+    ) -> Waits:
+        """See `workers.expected_waits`."""
         ...
 
 
@@ -155,8 +152,8 @@ class Fifo:
 
     def waits(
         self, backlogs: Mapping[str, Backlog], wait_s: Callable[[float, float], float]
-    ) -> tuple[float, dict[str, float]]:
-        return wait_s(sum(b.tokens for b in backlogs.values()), len(self)), {}
+    ) -> Waits:
+        return Waits(wait_s(sum(b.tokens for b in backlogs.values()), len(self)), {})
 
 
 class Fair:
@@ -228,7 +225,7 @@ class Fair:
 
     def waits(
         self, backlogs: Mapping[str, Backlog], wait_s: Callable[[float, float], float]
-    ) -> tuple[float, dict[str, float]]:
+    ) -> Waits:
         return expected_waits(backlogs, self.vtc, self._step_tokens, wait_s)
 
     def _charge(self, owner: tuple[str, str | None], inputs: int, outputs: int) -> None:

@@ -208,7 +208,7 @@ def test_cached_tokens_outweigh_a_wait_that_is_shorter_than_their_prefill(prompt
 
 
 def test_one_more_request_makes_the_next_wait_for_its_prompt():
-    load = GroupLoad(2, wait_s=0.5, token_s=0.001, resident={KEY}).after(100)
+    load = GroupLoad(2, wait_s=0.5, token_s=0.001, resident={KEY}).after("t", 100)
     assert (load.requests, load.resident) == (3, {KEY})
     assert load.wait_s == 0.6
 

@@ -205,7 +205,7 @@ class GroupFront:
             "t": "report",
             "gpu": sorted(self.report.gpu),
             "load": self.load(),
-            "waits": self.report.waits,
+            "floods": self.report.floods,
         }
 
     def advise(
@@ -352,7 +352,7 @@ class GroupFront:
         self._broadcast(encode(self._told))
 
     def _ping(self) -> Frame:
-        return {"t": "ping", "load": self.load(), "waits": self.report.waits}
+        return {"t": "ping", "load": self.load(), "floods": self.report.floods}
 
     async def _tick(self) -> None:
         """Pings gateways and drops silent ones."""
