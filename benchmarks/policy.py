@@ -51,9 +51,12 @@ def measure_choose(rng: random.Random) -> dict[str, float]:
     near = {key: tuple(rng.sample(names, 2)) for key in keys}
     table = RoutingTable(1, 1, entries, placed, near, dict.fromkeys(keys, 10**9))
     cold = RoutingTable(1, 1, entries, {}, {}, {})
-    loads = {n: GroupLoad(rng.randrange(20), rng.random() / 50, 2e-5) for n in names}
+    loads = {n: GroupLoad(rng.randrange(20), wait_s=rng.random() / 50, token_s=2e-5) for n in names}
     busy = {
-        key: {n: GroupLoad(500, 9.0, 2e-5) if n in placed[key] else loads[n] for n in names}
+        key: {
+            n: GroupLoad(500, wait_s=9.0, token_s=2e-5) if n in placed[key] else loads[n]
+            for n in names
+        }
         for key in keys
     }
     record = PrefixRecord()

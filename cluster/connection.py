@@ -152,6 +152,7 @@ class _Link(FrameProtocol):
         self.load = GroupLoad(
             float(load["queued"] + load["running"]),
             load["wait_s"],
+            load["turn_s"],
             load["token_s"],
             self.resident,
             self.floods,

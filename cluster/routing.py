@@ -20,39 +20,41 @@ class GroupLoad:
 
     Args:
         requests: open ones, of all gateways.
-        wait_s: expected until a new request's prompt is begun.
+        wait_s: expected until a new request's prompt is begun, after all that wait.
+        turn_s: the same by turns, of a tenant that isn't among `floods`.
         token_s: seconds that a prompt token takes.
         resident: keys of the adapters in the group's pool.
         floods: tenants whose requests wait behind those of others: how many each has open, and
-            its own wait instead of `wait_s`.
+            its own wait.
     """
 
     requests: float
     wait_s: float = 0.0
+    turn_s: float = 0.0
     token_s: float = 0.0
     resident: Container[str] = frozenset()
     floods: Floods = field(default_factory=dict)
 
-    def seen_by(self, tenant: str) -> tuple[float, float]:
-        """Requests beside or before a new one of the tenant's, and its wait."""
-        if not self.floods:
-            return self.requests, self.wait_s
+    def before(self, tenant: str) -> tuple[float, float]:
+        """What the group's turns leave of `requests` and `wait_s` for this tenant."""
         own = self.floods.get(tenant)
         if own is not None:
             return self.requests, own[1]
-        # The groups' figures may be older than those of their requests.
-        return max(0.0, self.requests - sum([n for n, _ in self.floods.values()])), self.wait_s
+        # The groups' figures may be older than the number of requests.
+        return max(0.0, self.requests - sum([n for n, _ in self.floods.values()])), self.turn_s
 
     def after(self, tenant: str, prompt_tokens: int) -> GroupLoad:
-        """The load with one more request. Who has requests waiting delays only itself."""
-        wait_s, floods = self.wait_s, self.floods
+        """The load with one more request. A flood delays only itself by its turn."""
         added_s = prompt_tokens * self.token_s
+        turn_s, floods = self.turn_s, self.floods
         if tenant in floods:
             n, own_s = floods[tenant]
             floods = {**floods, tenant: (n + 1, own_s + added_s)}
         else:
-            wait_s += added_s
-        return GroupLoad(self.requests + 1, wait_s, self.token_s, self.resident, floods)
+            turn_s += added_s
+        return GroupLoad(
+            self.requests + 1, self.wait_s + added_s, turn_s, self.token_s, self.resident, floods
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,10 @@ def decide(
     any that isn't. A placed adapter leaves its groups only for one that serves it sooner, its
     load included: a queue that is shorter than a load is worth waiting in.
 
+    Loads are those of all requests, so that work moves to where there is room, for everybody's
+    sake. Where most groups are flooded nothing is won by that: then a tenant goes by what stands
+    before its own turn.
+
     A standby group (see `GroupEntry`) is chosen for what is placed on it, and where all others
     are excluded.
 
@@ -206,7 +212,7 @@ def _placed(
 
 
 class _View:
-    """One request's delays at the candidates."""
+    """One request's delays at the candidates; `_seen`: the requests and seconds before it."""
 
     def __init__(
         self,
@@ -219,7 +225,11 @@ class _View:
         self.ask, self.policy = ask, policy
         self._table = table
         self._loads = {name: loads.get(name) or _known(table.serving[name]) for name in names}
-        seen = {name: load.seen_by(ask.tenant) for name, load in self._loads.items()}
+        found = self._loads.values()
+        if 2 * sum([bool(load.floods) for load in found]) > len(names):
+            seen = {name: load.before(ask.tenant) for name, load in self._loads.items()}
+        else:
+            seen = {name: (load.requests, load.wait_s) for name, load in self._loads.items()}
         self._seen = seen
         mean = sum([requests for requests, _ in seen.values()]) / len(names)
         self._bound = policy.bound_factor * mean + policy.bound_slack

@@ -244,16 +244,11 @@ class Engine:
         r.queued, r.running = len(s.waiting), len(s.running)
         r.token_s = self._pace.token_s
         r.max_running = self.config.max_running
-        free_rows = r.max_running - r.running
         backlogs = s.backlogs()
         r.prompt_tokens_pending = sum(b.tokens for b in backlogs.values())
-        waits = expected_waits(
-            backlogs,
-            s.vtc,
-            self.config.max_batch_tokens,
-            lambda tokens, queued: self._pace.wait_s(tokens, queued, free_rows),
-        )
-        r.wait_s, r.floods = waits.wait_s, waits.floods
+        c = self.config
+        waits = expected_waits(backlogs, s.vtc, self._pace, c.max_running, c.max_batch_tokens)
+        r.wait_s, r.turn_s, r.floods = waits.all_s, waits.turn_s, waits.floods
         r.end_s = self._pace.ends_every_s
         r.kv_blocks_total, r.kv_blocks_used = self._kv.total, self._kv.used
         r.preemptions, r.prefix_hit_tokens = s.preemptions, s.prefix_hit_tokens

@@ -6,11 +6,12 @@ one wait for everybody, and apart from that the few tenants who have most waitin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from heapq import nlargest
 
 from .fairness import VirtualTokenCounter
+from .pace import Pace
 
 TOLD_FLOODS = 4  # tenants that are told apart
 
@@ -37,21 +38,24 @@ class Waits:
     """Seconds until a new request's prompt is begun.
 
     Attributes:
-        wait_s: of a tenant with nothing waiting that stands at the floor; who is below its share
-            comes sooner.
+        all_s: if it came after everything that waits.
+        turn_s: by turns, of a tenant with nothing waiting that stands at the floor; who is below
+            its share comes sooner.
         floods: tenant -> (its open requests, seconds), of at most TOLD_FLOODS that have used their
             share and have most waiting.
     """
 
-    wait_s: float
+    all_s: float
+    turn_s: float
     floods: dict[str, tuple[int, float]]
 
 
 def expected_waits(
     backlogs: Mapping[str, Backlog],
     vtc: VirtualTokenCounter,
+    pace: Pace,
+    max_running: int,
     step_tokens: int,
-    wait_s: Callable[[float, float], float],
 ) -> Waits:
     """
     A request's turn has come when its tenant's counter, which the tenant's own backlog raises
@@ -59,12 +63,17 @@ def expected_waits(
     counters to the same level. Answers aren't counted in this: their lengths aren't known. What
     comes after a request may still fill its step up.
 
+    Whoever isn't a flood competes with its like for places. As many are taken to be before it as
+    are in a queue under this load (r / (1 - r) where they have r of the places), so that routing
+    spreads them before any has to wait.
+
     Args:
+        max_running: the group's places.
         step_tokens: that a step computes at most.
-        wait_s: of so many prompt tokens and queued requests before it (`Pace.wait_s`).
     """
     pending = {t: b for t, b in backlogs.items() if b.tokens}
     total = sum(b.tokens for b in pending.values())
+    free = max_running - sum(b.open - b.queued for b in backlogs.values())
 
     def at(level: float, own: str | None) -> float:
         tokens = queued = 0.0
@@ -73,11 +82,16 @@ def expected_waits(
             share = 1.0 if tenant == own else min(1.0, rise * b.weight / b.tokens)
             tokens += share * b.tokens
             queued += share * b.queued
-        return wait_s(tokens + min(total - tokens, step_tokens), queued)
+        return pace.wait_s(tokens + min(total - tokens, step_tokens), queued, free)
 
-    flooding = (t for t, b in pending.items() if b.queued and not vtc.behind(t))
-    floods = {}
-    for tenant in nlargest(TOLD_FLOODS, flooding, key=lambda t: pending[t].tokens):
+    used = (t for t, b in pending.items() if b.queued and not vtc.behind(t))
+    floods: dict[str, tuple[int, float]] = {}
+    for tenant in nlargest(TOLD_FLOODS, used, key=lambda t: pending[t].tokens):
         b = pending[tenant]
         floods[tenant] = b.open, at(vtc.counter(tenant) + b.tokens / b.weight, tenant)
-    return Waits(at(vtc.floor, None), floods)
+    taken = sum(b.open - b.queued for t, b in backlogs.items() if t not in floods)
+    before = taken / max(1, max_running - taken)
+    queued = sum(b.queued for b in pending.values())
+    return Waits(
+        pace.wait_s(total, queued, free), at(vtc.floor, None) + before * pace.end_s, floods
+    )

@@ -87,10 +87,14 @@ class SimGroup:
         return self._load
 
     def _load_now(self) -> GroupLoad:
-        free = self.hardware.max_running - self.running
-        waits = self.queue.waits(self._backlogs, lambda t, n: self.pace.wait_s(t, n, free))
+        waits = self.queue.waits(self._backlogs, self.pace, self.hardware)
         return GroupLoad(
-            self.requests, waits.wait_s, self.pace.token_s, self.pool.resident, waits.floods
+            self.requests,
+            waits.all_s,
+            waits.turn_s,
+            self.pace.token_s,
+            self.pool.resident,
+            waits.floods,
         )
 
     def group_report(self) -> GroupReport:

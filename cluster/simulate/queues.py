@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from ...workers import (
     Backlog,
     EngineConfig,
     FairQueue,
+    Pace,
     Places,
     Prices,
     VirtualTokenCounter,
     Waits,
     expected_waits,
 )
+from .hardware import Hardware
 from .run import Run
 
 OVERTAKE_LIMIT = 8  # requests that start while another waits for room in the pool
@@ -79,9 +81,7 @@ class Queue(Protocol):
         """The requests of a tenant's adapter got so many tokens."""
         ...
 
-    def waits(
-        self, backlogs: Mapping[str, Backlog], wait_s: Callable[[float, float], float]
-    ) -> Waits:
+    def waits(self, backlogs: Mapping[str, Backlog], pace: Pace, hardware: Hardware) -> Waits:
         """See `workers.expected_waits`."""
         ...
 
@@ -150,10 +150,10 @@ class Fifo:
     def decoded(self, owner: tuple[str, str | None], tokens: int) -> None:
         pass
 
-    def waits(
-        self, backlogs: Mapping[str, Backlog], wait_s: Callable[[float, float], float]
-    ) -> Waits:
-        return Waits(wait_s(sum(b.tokens for b in backlogs.values()), len(self)), {})
+    def waits(self, backlogs: Mapping[str, Backlog], pace: Pace, hardware: Hardware) -> Waits:
+        free = hardware.max_running - sum(b.open - b.queued for b in backlogs.values())
+        all_s = pace.wait_s(sum(b.tokens for b in backlogs.values()), len(self), free)
+        return Waits(all_s, all_s, {})
 
 
 class Fair:
@@ -163,16 +163,14 @@ class Fair:
 
     Args:
         ranks: adapter key -> rank.
-        max_running, step_tokens: as `EngineConfig`'s max_running and max_batch_tokens.
     """
 
     fair = True
 
-    def __init__(self, max_running: int, step_tokens: int, ranks: Mapping[str, int]) -> None:
+    def __init__(self, max_running: int, ranks: Mapping[str, int]) -> None:
         slack = EngineConfig.overtake_slack
         self.vtc = VirtualTokenCounter(slack)
         self._queue: FairQueue[Run] = FairQueue(self.vtc, slack)
-        self._step_tokens = step_tokens
         self._places, self._prices, self._ranks = Places(max_running), Prices(), ranks
 
     def __len__(self) -> int:
@@ -223,10 +221,9 @@ class Fair:
     def decoded(self, owner: tuple[str, str | None], tokens: int) -> None:
         self._charge(owner, 0, tokens)
 
-    def waits(
-        self, backlogs: Mapping[str, Backlog], wait_s: Callable[[float, float], float]
-    ) -> Waits:
-        return expected_waits(backlogs, self.vtc, self._step_tokens, wait_s)
+    def waits(self, backlogs: Mapping[str, Backlog], pace: Pace, hardware: Hardware) -> Waits:
+        rows, step_tokens = hardware.max_running, hardware.max_batch_tokens
+        return expected_waits(backlogs, self.vtc, pace, rows, step_tokens)
 
     def _charge(self, owner: tuple[str, str | None], inputs: int, outputs: int) -> None:
         tenant, adapter = owner

@@ -81,10 +81,7 @@ class _World:
             self.send(run)
 
     def _queue(self) -> Queue:
-        if not self._policy.fair:
-            return Fifo()
-        hw = self._hardware
-        return Fair(hw.max_running, hw.max_batch_tokens, self._ranks)
+        return Fair(self._hardware.max_running, self._ranks) if self._policy.fair else Fifo()
 
     def arrive(self, run: Run) -> None:
         """The request reaches the gateway."""

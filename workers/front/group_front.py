@@ -196,6 +196,7 @@ class GroupFront:
             "free_pool": self.report.pool_bytes_total - self.report.pool_bytes_used,
             "resident_version": self._resident_version,
             "wait_s": self.report.wait_s,
+            "turn_s": self.report.turn_s,
             "token_s": self.report.token_s,
         }
 
