@@ -35,13 +35,23 @@ class GroupLoad:
     resident: Container[str] = frozenset()
     floods: Floods = field(default_factory=dict)
 
-    def before(self, tenant: str) -> tuple[float, float]:
-        """What the group's turns leave of `requests` and `wait_s` for this tenant."""
+    calm: float = field(init=False)  # requests without those of floods
+
+    def __post_init__(self) -> None:
+        calm = self.requests
+        for count, _ in self.floods.values():
+            calm -= count
+        # Floods are told later than the number of requests.
+        object.__setattr__(self, "calm", calm if calm > 0.0 else 0.0)
+
+    def requests_before(self, tenant: str) -> float:
+        """Those that its turn leaves before or beside a new one of this tenant."""
+        return self.requests if tenant in self.floods else self.calm
+
+    def wait_of(self, tenant: str) -> float:
+        """That of a new request of this tenant, by turns."""
         own = self.floods.get(tenant)
-        if own is not None:
-            return self.requests, own[1]
-        # The groups' figures may be older than the number of requests.
-        return max(0.0, self.requests - sum([n for n, _ in self.floods.values()])), self.turn_s
+        return self.turn_s if own is None else own[1]
 
     def after(self, tenant: str, prompt_tokens: int) -> GroupLoad:
         """The load with one more request. A flood delays only itself by its turn."""
@@ -212,7 +222,7 @@ def _placed(
 
 
 class _View:
-    """One request's delays at the candidates; `_seen`: the requests and seconds before it."""
+    """One request's delays at the candidates, and the requests that count there."""
 
     def __init__(
         self,
@@ -225,28 +235,29 @@ class _View:
         self.ask, self.policy = ask, policy
         self._table = table
         self._loads = {name: loads.get(name) or _known(table.serving[name]) for name in names}
-        found = self._loads.values()
-        if 2 * sum([bool(load.floods) for load in found]) > len(names):
-            seen = {name: load.before(ask.tenant) for name, load in self._loads.items()}
+        found = self._loads.items()
+        self._by_turns = 2 * len([None for _, load in found if load.floods]) > len(names)
+        if self._by_turns:
+            self._requests = {name: load.requests_before(ask.tenant) for name, load in found}
         else:
-            seen = {name: (load.requests, load.wait_s) for name, load in self._loads.items()}
-        self._seen = seen
-        mean = sum([requests for requests, _ in seen.values()]) / len(names)
+            self._requests = {name: load.requests for name, load in found}
+        mean = sum(self._requests.values()) / len(names)
         self._bound = policy.bound_factor * mean + policy.bound_slack
 
     def overloaded(self, name: str) -> bool:
-        return self._seen[name][0] > self._bound
+        return self._requests[name] > self._bound
 
     def delay_s(self, name: str) -> float:
         load = self._loads[name]
         tokens = self.ask.prompt_tokens - self.ask.cached.get(name, 0)
-        return self._seen[name][1] + load.token_s * tokens
+        wait_s = load.wait_of(self.ask.tenant) if self._by_turns else load.wait_s
+        return wait_s + load.token_s * tokens
 
     def by_load_time(self, key: str, names: list[str]) -> Iterator[tuple[str, float]]:
         """Groups that aren't overloaded, and the seconds that the adapter takes to get there and
         its bytes are worth: where it is (none), then where its pack is, then others; each in the
         adapter's hash order."""
-        open_to = [n for n in names if self._seen[n][0] <= self._bound]
+        open_to = [n for n in names if self._requests[n] <= self._bound]
         resident = [n for n in open_to if key in self._loads[n].resident]
         yield from ((n, 0.0) for n in rank(key, resident))
         nbytes, price_s = self._table.sizes.get(key, 0), self.policy.spill_gain_s
@@ -259,7 +270,7 @@ class _View:
     def quickest(self, names: Iterable[str]) -> str:
         """The least delay, then the least load. Among equals the prompt decides, so that idle
         groups share traffic and keep prefixes."""
-        scores = {n: (self.delay_s(n), self._seen[n][0]) for n in names}
+        scores = {n: (self.delay_s(n), self._requests[n]) for n in names}
         best = min(scores.values())
         equal = [n for n, score in scores.items() if score == best]
         return equal[0] if len(equal) == 1 else rank(self.ask.prompt_hash, equal)[0]

@@ -249,11 +249,12 @@ def test_while_most_groups_have_room_everybody_leaves_a_flooded_one(prompt, n, d
 def test_one_more_request_delays_a_flood_by_itself_alone():
     load = GroupLoad(50, 9.0, 0.5, 0.001, floods={"f": (40, 8.0)})
     more = load.after("f", 100)
-    assert more.before("f") == (51, pytest.approx(8.1))
-    assert more.before("t") == load.before("t") == (10, 0.5)
-    assert load.after("t", 100).before("t") == (11, pytest.approx(0.6))
+    assert (more.requests_before("f"), more.wait_of("f")) == (51, pytest.approx(8.1))
+    assert (more.requests_before("t"), more.wait_of("t")) == (10, 0.5)
+    more = load.after("t", 100)
+    assert (more.requests_before("t"), more.wait_of("t")) == (11, pytest.approx(0.6))
     # Told of the flood later than of the requests: there are never less than none.
-    assert replace(load, requests=3).before("t") == (0, 0.5)
+    assert replace(load, requests=3).requests_before("t") == 0
 
 
 def test_one_more_request_makes_the_next_wait_for_its_prompt():
