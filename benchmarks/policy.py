@@ -3,10 +3,11 @@
     python benchmarks/policy.py
 
 `choose`: 64 groups, an adapter on four of them and a prompt of 1,024 tokens, whose prefix is
-looked up in the gateway's record; three cases: a placed group will do, all placed ones are
-overloaded, nothing is placed. Hashing the prompt into blocks is shown apart: it happens once a
-request. `plan`: 10,000 adapters with Zipf's popularity on 256 groups, from empty pools, then in
-steady state with demand that varies by 10 %, then after the popularity was reversed. Process time,
+looked up in the gateway's record; four cases: a placed group will do, all placed ones are
+overloaded, four tenants flood every group, nothing is placed. Hashing the prompt into blocks is
+shown apart: it happens once a request. `plan`: 10,000 adapters with Zipf's popularity on 256
+groups, from empty pools, then in steady state with demand that varies by 10 %, then after the
+popularity was reversed. Process time,
 best of several; JSON in benchmarks/results/<machine>/policy.json.
 """
 
@@ -51,11 +52,16 @@ def measure_choose(rng: random.Random) -> dict[str, float]:
     near = {key: tuple(rng.sample(names, 2)) for key in keys}
     table = RoutingTable(1, 1, entries, placed, near, dict.fromkeys(keys, 10**9))
     cold = RoutingTable(1, 1, entries, {}, {}, {})
-    loads = {n: GroupLoad(rng.randrange(20), rng.random() / 50, 2e-5) for n in names}
+    loads = {n: GroupLoad(rng.randrange(20), wait_s=rng.random() / 50, token_s=2e-5) for n in names}
     busy = {
-        key: {n: GroupLoad(500, 9.0, 2e-5) if n in placed[key] else loads[n] for n in names}
+        key: {
+            n: GroupLoad(500, wait_s=9.0, token_s=2e-5) if n in placed[key] else loads[n]
+            for n in names
+        }
         for key in keys
     }
+    floods = {f"flood{i}": (100.0, 5.0) for i in range(4)}
+    flooded = {n: GroupLoad(420, 9.0, rng.random() / 50, 2e-5, floods=floods) for n in names}
     record = PrefixRecord()
     prompts = [[rng.randrange(50_000) for _ in range(1024)] for _ in keys]
     blocks = [record.blocks(key, p) for key, p in zip(keys, prompts, strict=True)]
@@ -69,6 +75,7 @@ def measure_choose(rng: random.Random) -> dict[str, float]:
     return {
         "placed_us": best_us(lambda i: choose(table, ask(i), loads)),
         "spill_us": best_us(lambda i: choose(table, ask(i), busy[keys[i % len(keys)]])),
+        "flooded_us": best_us(lambda i: choose(table, ask(i), flooded)),
         "cold_us": best_us(lambda i: choose(cold, ask(i), loads)),
         "base_us": best_us(lambda i: choose(table, Ask(None, i, 1024), loads)),
         "hash_1024_tokens_us": best_us(lambda i: record.blocks("t/a", prompts[i % len(keys)])),

@@ -18,7 +18,7 @@ from ..workers import (
     WireError,
 )
 from .errors import ClusterError
-from .routing import GroupLoad
+from .routing import Floods, GroupLoad
 
 # Tokens of one stream that may be on their way or wait here for its consumer.
 WINDOW_TOKENS = 128
@@ -95,6 +95,7 @@ class _Link(FrameProtocol):
         self.draining = False
         self.load = GroupLoad(0.0)  # as far as is known here
         self.resident: frozenset[str] = frozenset()
+        self.floods: Floods = {}
         self._group = group
         self._handshake: ClientHandshake | None = ClientHandshake(secret)
 
@@ -112,6 +113,7 @@ class _Link(FrameProtocol):
         elif kind == "report":
             self._note_report(frame)
         elif kind == "ping":
+            self.floods = frame["floods"]
             self._note_load(frame["load"])
         elif kind == "draining":
             self.draining = True
@@ -150,12 +152,14 @@ class _Link(FrameProtocol):
         self.load = GroupLoad(
             float(load["queued"] + load["running"]),
             load["wait_s"],
+            load["turn_s"],
             load["token_s"],
             self.resident,
+            self.floods,
         )
 
     def _note_report(self, report: Frame) -> None:
-        self.resident = frozenset(report["gpu"])
+        self.resident, self.floods = frozenset(report["gpu"]), report["floods"]
         self._note_load(report["load"])
 
 
@@ -234,7 +238,8 @@ class GroupConnection:
         stream = GroupStream(link, request.request_id, self._window)
         link.streams[request.request_id] = stream
         tokens = len(request.prompt_ids) + len(request.output_ids)
-        link.load = link.load.after(tokens)  # until the group's next figures, which count it
+        # Until the group's next figures, which count it.
+        link.load = link.load.after(request.tenant_id, tokens)
         link.send({"t": "submit", "req": request.to_wire(), "credit": self._window})
         return stream
 

@@ -207,7 +207,8 @@ class Dispatcher:
             }
             loads = {name: c.load for name, c in usable.items()}
             exclude = {e.group for e in self._table.groups if e.group not in usable}
-            ask = Ask(key, prompt_hash, tokens, self._prefixes.cached(blocks))
+            cached = self._prefixes.cached(blocks)
+            ask = Ask(key, prompt_hash, tokens, cached, request.tenant_id)
             entry = self._choose(self._table, ask, loads, exclude)
             if entry is not None:
                 self._prefixes.note(blocks, entry.group)

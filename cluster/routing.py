@@ -11,6 +11,7 @@ from .control.table import GroupEntry, RoutingTable
 from .rendezvous import rank
 
 Reason = Literal["base", "placed", "cold", "spill"]
+Floods = Mapping[str, tuple[float, float]]  # tenant -> (open requests, expected wait in seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,20 +20,51 @@ class GroupLoad:
 
     Args:
         requests: open ones, of all gateways.
-        wait_s: expected until a new request's prompt is begun.
+        wait_s: expected until a new request's prompt is begun, after all that wait.
+        turn_s: the same by turns, of a tenant that isn't among `floods`.
         token_s: seconds that a prompt token takes.
         resident: keys of the adapters in the group's pool.
+        floods: tenants whose requests wait behind those of others: how many each has open, and
+            its own wait.
     """
 
     requests: float
     wait_s: float = 0.0
+    turn_s: float = 0.0
     token_s: float = 0.0
     resident: Container[str] = frozenset()
+    floods: Floods = field(default_factory=dict)
 
-    def after(self, prompt_tokens: int) -> GroupLoad:
-        """The load with one more request."""
-        wait_s = self.wait_s + prompt_tokens * self.token_s
-        return GroupLoad(self.requests + 1, wait_s, self.token_s, self.resident)
+    calm: float = field(init=False)  # requests without those of floods
+
+    def __post_init__(self) -> None:
+        calm = self.requests
+        for count, _ in self.floods.values():
+            calm -= count
+        # Floods are told later than the number of requests.
+        object.__setattr__(self, "calm", calm if calm > 0.0 else 0.0)
+
+    def requests_before(self, tenant: str) -> float:
+        """Those that its turn leaves before or beside a new one of this tenant."""
+        return self.requests if tenant in self.floods else self.calm
+
+    def wait_of(self, tenant: str) -> float:
+        """That of a new request of this tenant, by turns."""
+        own = self.floods.get(tenant)
+        return self.turn_s if own is None else own[1]
+
+    def after(self, tenant: str, prompt_tokens: int) -> GroupLoad:
+        """The load with one more request. A flood delays only itself by its turn."""
+        added_s = prompt_tokens * self.token_s
+        turn_s, floods = self.turn_s, self.floods
+        if tenant in floods:
+            n, own_s = floods[tenant]
+            floods = {**floods, tenant: (n + 1, own_s + added_s)}
+        else:
+            turn_s += added_s
+        return GroupLoad(
+            self.requests + 1, self.wait_s + added_s, turn_s, self.token_s, self.resident, floods
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +76,14 @@ class Ask:
         prompt_hash: 64 bits of the prompt's first tokens, the same for the same prompt.
         prompt_tokens: to be computed.
         cached: group -> how many of them its prefix cache should have (`PrefixRecord.cached`).
+        tenant: whose it is.
     """
 
     adapter_key: str | None
     prompt_hash: int
     prompt_tokens: int = 0
     cached: Mapping[str, int] = field(default_factory=dict)
+    tenant: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,6 +150,10 @@ def decide(
     all. An overloaded group is passed over: for another placed one, or along the hash order for
     any that isn't. A placed adapter leaves its groups only for one that serves it sooner, its
     load included: a queue that is shorter than a load is worth waiting in.
+
+    Loads are those of all requests, so that work moves to where there is room, for everybody's
+    sake. Where most groups are flooded nothing is won by that: then a tenant goes by what stands
+    before its own turn.
 
     A standby group (see `GroupEntry`) is chosen for what is placed on it, and where all others
     are excluded.
@@ -184,7 +222,7 @@ def _placed(
 
 
 class _View:
-    """One request's delays at the candidates."""
+    """One request's delays at the candidates, and the requests that count there."""
 
     def __init__(
         self,
@@ -197,21 +235,29 @@ class _View:
         self.ask, self.policy = ask, policy
         self._table = table
         self._loads = {name: loads.get(name) or _known(table.serving[name]) for name in names}
-        mean = sum([load.requests for load in self._loads.values()]) / len(names)
+        found = self._loads.items()
+        self._by_turns = 2 * len([None for _, load in found if load.floods]) > len(names)
+        if self._by_turns:
+            self._requests = {name: load.requests_before(ask.tenant) for name, load in found}
+        else:
+            self._requests = {name: load.requests for name, load in found}
+        mean = sum(self._requests.values()) / len(names)
         self._bound = policy.bound_factor * mean + policy.bound_slack
 
     def overloaded(self, name: str) -> bool:
-        return self._loads[name].requests > self._bound
+        return self._requests[name] > self._bound
 
     def delay_s(self, name: str) -> float:
         load = self._loads[name]
-        return load.wait_s + load.token_s * (self.ask.prompt_tokens - self.ask.cached.get(name, 0))
+        tokens = self.ask.prompt_tokens - self.ask.cached.get(name, 0)
+        wait_s = load.wait_of(self.ask.tenant) if self._by_turns else load.wait_s
+        return wait_s + load.token_s * tokens
 
     def by_load_time(self, key: str, names: list[str]) -> Iterator[tuple[str, float]]:
         """Groups that aren't overloaded, and the seconds that the adapter takes to get there and
         its bytes are worth: where it is (none), then where its pack is, then others; each in the
         adapter's hash order."""
-        open_to = [n for n in names if self._loads[n].requests <= self._bound]
+        open_to = [n for n in names if self._requests[n] <= self._bound]
         resident = [n for n in open_to if key in self._loads[n].resident]
         yield from ((n, 0.0) for n in rank(key, resident))
         nbytes, price_s = self._table.sizes.get(key, 0), self.policy.spill_gain_s
@@ -224,7 +270,7 @@ class _View:
     def quickest(self, names: Iterable[str]) -> str:
         """The least delay, then the least load. Among equals the prompt decides, so that idle
         groups share traffic and keep prefixes."""
-        scores = {n: (self.delay_s(n), self._loads[n].requests) for n in names}
+        scores = {n: (self.delay_s(n), self._requests[n]) for n in names}
         best = min(scores.values())
         equal = [n for n, score in scores.items() if score == best]
         return equal[0] if len(equal) == 1 else rank(self.ask.prompt_hash, equal)[0]

@@ -47,11 +47,13 @@ if TYPE_CHECKING:
         TokenOutput,
     )
     from .sampling.grammar import check_grammar
+    from .turns import Backlog, Waits, expected_waits
     from .wire import DEAD_AFTER_S, HANDSHAKE_TIMEOUT_S, PING_EVERY_S, Frame
 
 _HOME = {
     "AdapterRef": "request",
     "AdapterTooLarge": "errors",
+    "Backlog": "turns",
     "ClientHandshake": "handshake",
     "DEAD_AFTER_S": "wire",
     "Engine": "engine",
@@ -89,11 +91,13 @@ _HOME = {
     "TokenLogprob": "request",
     "TokenOutput": "request",
     "VirtualTokenCounter": "fairness",
+    "Waits": "turns",
     "WireAuthError": "errors",
     "WireError": "errors",
     "WorkerError": "errors",
     "check_grammar": "sampling.grammar",
     "run_follower": "model_runner",
+    "expected_waits": "turns",
     "run_rank": "engine_process",
 }
 
@@ -103,6 +107,7 @@ __all__ = [
     "PING_EVERY_S",
     "AdapterRef",
     "AdapterTooLarge",
+    "Backlog",
     "ClientHandshake",
     "Engine",
     "EngineConfig",
@@ -137,10 +142,12 @@ __all__ = [
     "TokenLogprob",
     "TokenOutput",
     "VirtualTokenCounter",
+    "Waits",
     "WireAuthError",
     "WireError",
     "WorkerError",
     "check_grammar",
+    "expected_waits",
     "run_follower",
     "run_rank",
 ]

@@ -20,6 +20,7 @@ from .report import REPORTED_TENANTS, EngineReport
 from .request_times import Cause
 from .scheduler import Scheduler
 from .sequence import Sequence
+from .turns import expected_waits
 
 
 class EngineAccount:
@@ -126,10 +127,10 @@ class EngineAccount:
         r, s, res, pool = self._report, self._scheduler, self._residency, self._runner.pool
         r.queued, r.running = len(s.waiting), len(s.running)
         r.token_s, r.end_s = self._pace.token_s, self._pace.ends_every_s
-        r.prompt_tokens_pending = s.prompt_tokens_pending()
-        r.wait_s = self._pace.wait_s(
-            r.prompt_tokens_pending, r.queued, free_rows=r.max_running - r.running
-        )
+        backlogs, step_tokens = s.backlogs(), self._runner.config.max_batch_tokens
+        r.prompt_tokens_pending = sum(b.tokens for b in backlogs.values())
+        waits = expected_waits(backlogs, s.vtc, self._pace, r.max_running, step_tokens)
+        r.wait_s, r.turn_s, r.floods = waits.all_s, waits.turn_s, waits.floods
         r.kv_blocks_total, r.kv_blocks_used = self._kv.total, self._kv.used
         r.preemptions, r.prefix_hit_tokens = s.preemptions, s.prefix_hit_tokens
         waiting = s.waiting.by_tenant()

@@ -97,6 +97,10 @@ class VirtualTokenCounter:
     def active(self, tenant: str) -> bool:
         return tenant in self._active
 
+    def behind(self, tenant: str) -> bool:
+        """Less was done for it lately than for everybody who waited."""
+        return self.counter(tenant) < self.floor
+
     def lowest(self) -> float:
         """Of the active counters; the floor where there are none."""
         return min((self._counters[t] for t in self._active), default=self.floor)

@@ -35,12 +35,12 @@ class Pace:
         """`end_s`, or more when nothing has ended for longer."""
         return max(self.end_s, self._since_end_s)
 
-    def wait_s(self, prompt_tokens: int, queued: int, free_rows: int) -> float:
+    def wait_s(self, prompt_tokens: float, queued: float, free_rows: int) -> float:
         """Seconds until a new request's own prompt is begun.
 
         Args:
-            prompt_tokens: of waiting and begun prompts, not computed yet.
-            queued: requests that wait.
+            prompt_tokens: that are computed before it.
+            queued: requests that start before it.
             free_rows: how many more the engine would decode together.
         """
         ends_needed = max(0, queued + 1 - free_rows)

@@ -5,6 +5,10 @@ share would wait for that although it is next. So a tenant starts another sequen
 less than `PER_FREE` times as many as places are free: a flood leaves a fifth of them, from which
 everyone else starts at once, and takes what others don't use. While nobody else has come for a
 while, all places are the one tenant's.
+
+Who is below its share may have any free place, for that is whom they are kept free for: a tenant
+whose adapter only this group holds may need as many places here as the flood has, and use less
+than its share of the work all the same.
 """
 
 from __future__ import annotations
@@ -28,11 +32,15 @@ class Places:
     def free(self) -> int:
         return self.total - self._taken.total()
 
-    def open_to(self, tenant: str) -> bool:
-        """Whether the tenant may take another one now."""
+    def open_to(self, tenant: str, behind: bool = False) -> bool:
+        """Whether the tenant may take another one now.
+
+        Args:
+            behind: it is below its share (`VirtualTokenCounter.behind`).
+        """
         free = self.free
         alone = self._recently.keys() <= {tenant}
-        return free > 0 and (alone or self._taken[tenant] < PER_FREE * free)
+        return free > 0 and (behind or alone or self._taken[tenant] < PER_FREE * free)
 
     def take(self, tenant: str) -> None:
         self._taken[tenant] += 1

@@ -33,7 +33,11 @@ class EngineReport:
     host_bytes_total: int = 0  # of the node's tier in memory; 0: it has none
     prompt_tokens_pending: int = 0  # of waiting and begun prompts, not computed yet
     end_s: float = 0.0  # from one request's end to the next, while steps run
-    wait_s: float = 0.0  # expected until a new request's prompt is begun
+    # Expected until a new request's prompt is begun: after all that wait, by turns, and that of
+    # tenants who flood the group, with the number of their open requests (`turns.Waits`).
+    wait_s: float = 0.0
+    turn_s: float = 0.0
+    floods: dict[str, tuple[int, float]] = field(default_factory=dict)
     token_s: float = 0.0  # that a prompt token takes, in steps with others
     gpu: dict[str, int] = field(default_factory=dict)  # resident in the pool: key -> bytes
     host: dict[str, int] = field(default_factory=dict)  # packs in this node's memory: key -> bytes

@@ -17,6 +17,7 @@ from .kv_blocks import KVBlocks
 from .places import Places
 from .pool.residency import Residency, Waiting
 from .sequence import Sequence
+from .turns import Backlog
 
 
 @dataclass
@@ -85,9 +86,17 @@ class Scheduler:
         if seq.flights == 0:
             self._free(seq)
 
-    def prompt_tokens_pending(self) -> int:
-        """Of prompts that wait or are begun: tokens that aren't computed yet."""
-        return sum(s.pending for s in (*self.waiting, *self.running) if s.pending > 1)
+    def backlogs(self) -> dict[str, Backlog]:
+        """By tenant."""
+        backlogs: dict[str, Backlog] = {}
+        for seq in (*self.waiting, *self.running):
+            r = seq.request
+            backlog = backlogs.setdefault(r.tenant_id, Backlog(weight=r.weight))
+            waits = seq.slot is None
+            backlog.open += 1
+            backlog.queued += waits
+            backlog.tokens += seq.pending if waits or seq.pending > 1 else 0
+        return backlogs
 
     def may_preempt(self) -> bool:
         """Whether the next `schedule` might take blocks from a running sequence.
@@ -180,7 +189,8 @@ class Scheduler:
                     take(prefills.popleft())
                 if budget == 0 or self._places.free == 0:
                     break
-                if not self._places.open_to(seq.request.tenant_id):
+                tenant = seq.request.tenant_id
+                if not self._places.open_to(tenant, self.vtc.behind(tenant)):
                     self.waiting.pass_over(seq)
                     continue
                 try:

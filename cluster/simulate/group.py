@@ -7,10 +7,10 @@ its requests and not with their tokens; an arrival cuts the stretch at the next 
 from __future__ import annotations
 
 import heapq
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 
-from ...workers import EngineReport, GroupReport, Pace
+from ...workers import Backlog, EngineReport, GroupReport, Pace
 from ..routing import GroupLoad
 from .clock import Clock
 from .cores import Cores
@@ -64,7 +64,7 @@ class SimGroup:
         self._rows: Counter[tuple[str, str | None]] = Counter()  # decoding, by tenant and adapter
         self._adapters: Counter[str] = Counter()  # in steps, by adapter
         self._kv_used = 0
-        self._prompt_waiting = 0
+        self._backlogs: defaultdict[str, Backlog] = defaultdict(Backlog)  # by tenant
         self._prefixes: OrderedDict[tuple[str | None, int], int] = OrderedDict()
         self._steps = 0
         self._stretch: Stretch | None = None
@@ -87,13 +87,14 @@ class SimGroup:
         return self._load
 
     def _load_now(self) -> GroupLoad:
-        pending = self._prompt_waiting + sum(r.prefill_left for r in self._prefilling)
-        free = self.hardware.max_running - self.running
+        waits = self.queue.waits(self._backlogs, self.pace, self.hardware)
         return GroupLoad(
-            requests=self.requests,
-            wait_s=self.pace.wait_s(pending, len(self.queue), free),
-            token_s=self.pace.token_s,
-            resident=self.pool.resident,
+            self.requests,
+            waits.all_s,
+            waits.turn_s,
+            self.pace.token_s,
+            self.pool.resident,
+            waits.floods,
         )
 
     def group_report(self) -> GroupReport:
@@ -109,7 +110,10 @@ class SimGroup:
     def submit(self, run: Run) -> None:
         run.groups.append(self.name)
         self._load = None
-        self._prompt_waiting += run.request.prompt_tokens + run.done
+        backlog = self._backlogs[run.request.tenant]
+        backlog.open += 1
+        backlog.queued += 1
+        backlog.tokens += run.request.prompt_tokens + run.done
         self.queue.push(run)
         if self.queue.fair and run.request.adapter is not None:
             self.pool.want(run.request.adapter)
@@ -218,8 +222,11 @@ class SimGroup:
         self._free(run)
 
     def _free(self, run: Run) -> None:
-        key = run.request.adapter
+        key, tenant = run.request.adapter, run.request.tenant
         self._kv_used -= run.tokens
+        self._backlogs[tenant].open -= 1
+        if not self._backlogs[tenant].open:
+            del self._backlogs[tenant]
         self.queue.end(run)
         if key is not None:
             self._adapters[key] -= 1
@@ -239,6 +246,7 @@ class SimGroup:
             nonlocal left
             chunk = min(run.prefill_left, left)
             run.prefill_left -= chunk
+            self._backlogs[run.request.tenant].tokens -= chunk
             left -= chunk
             self.queue.prefilled(run, chunk)
 
@@ -280,12 +288,15 @@ class SimGroup:
 
     def _start(self, run: Run) -> None:
         r = run.request
-        self._prompt_waiting -= r.prompt_tokens + run.done
         self._kv_used += run.tokens
         if r.adapter is not None:
             self._adapters[r.adapter] += 1
         run.holds_adapter = False
-        run.prefill_left = max(1, r.prompt_tokens + run.done - self._cached(r))
+        prompt_tokens = r.prompt_tokens + run.done
+        run.prefill_left = max(1, prompt_tokens - self._cached(r))
+        backlog = self._backlogs[r.tenant]
+        backlog.queued -= 1
+        backlog.tokens += run.prefill_left - prompt_tokens
         self._count(self.report.prompt_tokens, r.adapter, run.prefill_left)
         self._prefilling.append(run)
 

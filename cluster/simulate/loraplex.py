@@ -43,7 +43,11 @@ class Loraplex:
         prompt_hash = int.from_bytes(blake2b(prefix.encode(), digest_size=8).digest(), "little")
         blocks = [prompt_hash + i for i in range(request.prefix_tokens // BLOCK_TOKENS)]
         ask = Ask(
-            request.adapter, prompt_hash, request.prompt_tokens, self._prefixes.cached(blocks)
+            request.adapter,
+            prompt_hash,
+            request.prompt_tokens,
+            self._prefixes.cached(blocks),
+            request.tenant,
         )
         loads = {name: group.load() for name, group in groups.items()}
         dead = frozenset(table.serving.keys() - groups.keys())

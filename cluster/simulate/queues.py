@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from ...workers import EngineConfig, FairQueue, Places, Prices, VirtualTokenCounter
+from ...workers import (
+    Backlog,
+    EngineConfig,
+    FairQueue,
+    Pace,
+    Places,
+    Prices,
+    VirtualTokenCounter,
+    Waits,
+    expected_waits,
+)
+from .hardware import Hardware
 from .run import Run
 
 OVERTAKE_LIMIT = 8  # requests that start while another waits for room in the pool
@@ -68,6 +79,10 @@ class Queue(Protocol):
 
     def decoded(self, owner: tuple[str, str | None], tokens: int) -> None:
         """The requests of a tenant's adapter got so many tokens."""
+        ...
+
+    def waits(self, backlogs: Mapping[str, Backlog], pace: Pace, hardware: Hardware) -> Waits:
+        """See `workers.expected_waits`."""
         ...
 
 
@@ -135,6 +150,11 @@ class Fifo:
     def decoded(self, owner: tuple[str, str | None], tokens: int) -> None:
         pass
 
+    def waits(self, backlogs: Mapping[str, Backlog], pace: Pace, hardware: Hardware) -> Waits:
+        free = hardware.max_running - sum(b.open - b.queued for b in backlogs.values())
+        all_s = pace.wait_s(sum(b.tokens for b in backlogs.values()), len(self), free)
+        return Waits(all_s, all_s, {})
+
 
 class Fair:
     """The engine's own queue, counters, prices and places, asked as its scheduler asks them.
@@ -164,7 +184,8 @@ class Fair:
 
     def candidates(self, blocked: bool) -> Iterator[Run]:
         for run in self._queue.candidates():
-            if self._places.open_to(run.request.tenant):
+            tenant = run.request.tenant
+            if self._places.open_to(tenant, self.vtc.behind(tenant)):
                 yield run
             else:
                 self._queue.pass_over(run)
@@ -199,6 +220,10 @@ class Fair:
 
     def decoded(self, owner: tuple[str, str | None], tokens: int) -> None:
         self._charge(owner, 0, tokens)
+
+    def waits(self, backlogs: Mapping[str, Backlog], pace: Pace, hardware: Hardware) -> Waits:
+        rows, step_tokens = hardware.max_running, hardware.max_batch_tokens
+        return expected_waits(backlogs, self.vtc, pace, rows, step_tokens)
 
     def _charge(self, owner: tuple[str, str | None], inputs: int, outputs: int) -> None:
         tenant, adapter = owner

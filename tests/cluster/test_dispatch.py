@@ -157,6 +157,35 @@ async def test_the_choice_sees_the_adapter_the_prompt_and_the_load(processes):
         assert [s[2]["a"].requests for s in seen] == [0, 1, 2, 3]
 
 
+async def test_the_choice_sees_who_asks_and_who_floods_a_group(processes):
+    _, entry = processes.start("a", step_s=0.01)
+    asked: list[str] = []
+    floods: list[dict] = []
+
+    def spy(table, ask, loads, exclude):
+        asked.append(ask.tenant)
+        floods.append(dict(loads["a"].floods))
+        return choose(table, ask, loads, exclude)
+
+    async with dispatcher(Controller(entry), choose=spy) as made:
+        opened = [
+            made.generate(replace(request(f"r{i}", max_tokens=100_000), tenant_id="flood"))
+            for i in range(fake.FLOOD + 2)
+        ]
+        for stream in opened:
+            await anext(stream)
+        async with asyncio.timeout(10):
+            while not floods or floods[-1].get("flood", (0,))[0] != len(opened):
+                one = made.generate(request(f"n{len(asked)}", max_tokens=1))
+                await anext(one)
+                await one.aclose()
+                await asyncio.sleep(0.05)
+        assert asked[0] == "flood"
+        assert asked[-1] == request("x").tenant_id
+        for stream in opened:
+            await stream.aclose()
+
+
 async def test_closing_and_cancelling_free_the_group():
     front = GroupFront(FrontConfig("a", SECRET))
     await front.start()

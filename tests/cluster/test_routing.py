@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from loraplex.cluster.control import GroupEntry, RoutingTable
@@ -207,8 +208,57 @@ def test_cached_tokens_outweigh_a_wait_that_is_shorter_than_their_prefill(prompt
     assert choose_group(table, Ask(KEY, prompt, 600, cached), loads).group != names[holder]
 
 
+@given(
+    HASHES,
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 3000)), min_size=2, max_size=9),
+    st.randoms(),
+)
+def test_a_flood_of_all_groups_changes_nothing_for_others(prompt, crowd, rng):
+    """A tenant goes where it would without the flood, however the flood's requests are spread; the
+    flood itself goes where its own wait is least."""
+    names = [f"g{i}" for i in range(len(crowd))]
+    placed = rng.sample(names, rng.randint(1, len(names)))
+    table = table_of(names, placed=placed)
+    calm, flooded = {}, {}
+    for name, (others, flood) in zip(names, crowd, strict=True):
+        turn_s = rng.choice([0.01, 0.02, 5.0])
+        calm[name] = GroupLoad(others, turn_s, turn_s, 1e-4)
+        mine = {"flood": (flood, flood / 10)}
+        flooded[name] = GroupLoad(others + flood, turn_s + flood / 10, turn_s, 1e-4, floods=mine)
+    for key in (KEY, None):
+        ask = Ask(key, prompt, 100, tenant="t")
+        assert decide_group(table, ask, flooded) == decide_group(table, ask, calm)
+    base = choose_group(table, Ask(None, prompt, 100, tenant="flood"), flooded)
+    assert flooded[base.group].floods["flood"][1] == min(f / 10 for _, f in crowd)
+
+
+@given(HASHES, st.integers(2, 9), st.data())
+def test_while_most_groups_have_room_everybody_leaves_a_flooded_one(prompt, n, data):
+    names = [f"g{i}" for i in range(n)]
+    full = data.draw(st.sets(st.sampled_from(names), max_size=n // 2))
+    flood = {"flood": (500, 60.0)}
+    loads = {
+        name: GroupLoad(505, 60.0, 0.01, floods=flood) if name in full else GroupLoad(5, 0.02, 0.02)
+        for name in names
+    }
+    for tenant in ("t", "flood"):
+        ask = Ask(KEY, prompt, 100, tenant=tenant)
+        assert choose_group(table_of(names, placed=names), ask, loads).group not in full
+
+
+def test_one_more_request_delays_a_flood_by_itself_alone():
+    load = GroupLoad(50, 9.0, 0.5, 0.001, floods={"f": (40, 8.0)})
+    more = load.after("f", 100)
+    assert (more.requests_before("f"), more.wait_of("f")) == (51, pytest.approx(8.1))
+    assert (more.requests_before("t"), more.wait_of("t")) == (10, 0.5)
+    more = load.after("t", 100)
+    assert (more.requests_before("t"), more.wait_of("t")) == (11, pytest.approx(0.6))
+    # Told of the flood later than of the requests: there are never less than none.
+    assert replace(load, requests=3).requests_before("t") == 0
+
+
 def test_one_more_request_makes_the_next_wait_for_its_prompt():
-    load = GroupLoad(2, wait_s=0.5, token_s=0.001, resident={KEY}).after(100)
+    load = GroupLoad(2, wait_s=0.5, token_s=0.001, resident={KEY}).after("t", 100)
     assert (load.requests, load.resident) == (3, {KEY})
     assert load.wait_s == 0.6
 

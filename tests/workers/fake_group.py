@@ -15,6 +15,7 @@ import sys
 import time
 import zlib
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ from loraplex.workers import (
 VOCABULARY = 4096
 # Prompts that start with one of these make the engine misbehave.
 RAISE, DIE, HANG, SPIN, STOP, ABSENT = 9001, 9002, 9003, 9004, 9005, 9006
+FLOOD = 4  # requests that make a tenant one that floods the group, says its report
 LARGE = 9007  # the first output has as many bytes as the next token says
 
 
@@ -111,6 +113,8 @@ class FakeEngine:
 
     def report(self) -> EngineReport:
         self._report.running = len(self._running)
+        tenants = Counter(request.tenant_id for request, *_ in self._running.values())
+        self._report.floods = {t: (n, float(n)) for t, n in tenants.items() if n >= FLOOD}
         return self._report
 
     def close(self) -> None:

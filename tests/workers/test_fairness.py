@@ -79,7 +79,8 @@ class Server:
         for job in self.queue.candidates():
             if len(self.running) >= self.places:
                 break
-            if self.reserve and not self.given.open_to(job.tenant):
+            behind = self.vtc.behind(job.tenant)
+            if self.reserve and not self.given.open_to(job.tenant, behind):
                 self.queue.pass_over(job)
                 continue
             if job.ready_at > self.round:
@@ -332,6 +333,29 @@ def test_a_flood_leaves_places_to_start_from_at_once():
             assert visitor is None or visitor in server.started
             flooded.append(sum(j.tenant == "flood" for j in server.running))
     assert statistics.mean(flooded) >= 15
+
+
+def test_who_is_below_its_share_may_have_the_last_places_beside_a_flood():
+    """Also where it has as many as the flood already; once it has used its share, it waits."""
+    places = Places(20)
+    for tenant, count in (("flood", 9), ("busy", 9)):
+        for _ in range(count):
+            places.take(tenant)
+    vtc = VirtualTokenCounter(credit=100.0)
+    vtc.join("flood")
+    vtc.charge("flood", 500.0, 1.0)
+    vtc.join("busy")
+    vtc.leave("busy")
+    vtc.admit("flood")  # the lowest that waits: whoever has less is below its share
+    assert vtc.behind("busy")
+    assert not vtc.behind("flood")
+    assert not any(places.open_to(t) for t in ("flood", "busy"))
+    assert places.open_to("busy", vtc.behind("busy"))
+    vtc.charge("busy", 600.0, 1.0)
+    assert not places.open_to("busy", vtc.behind("busy"))
+    for _ in range(2):
+        places.take("busy")
+    assert not places.open_to("other", behind=True)  # there is none
 
 
 def test_waiting_for_a_fetch_earns_nothing_either():

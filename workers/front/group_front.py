@@ -78,7 +78,7 @@ class GroupFront:
         self._up: set[int] = set()
         self._closing = False
         self._resident_version = 0
-        self._told_load: Frame = {}
+        self._told: Frame = {}  # the last ping
         self._desired: tuple[str, ...] | None = None
         self._host: tuple[str, ...] | None = None
         self._servers: list[asyncio.Server] = []
@@ -196,12 +196,18 @@ class GroupFront:
             "free_pool": self.report.pool_bytes_total - self.report.pool_bytes_used,
             "resident_version": self._resident_version,
             "wait_s": self.report.wait_s,
+            "turn_s": self.report.turn_s,
             "token_s": self.report.token_s,
         }
 
     def announcement(self) -> Frame:
         """What gateways are told about the group's adapters, at first and at each change."""
-        return {"t": "report", "gpu": sorted(self.report.gpu), "load": self.load()}
+        return {
+            "t": "report",
+            "gpu": sorted(self.report.gpu),
+            "load": self.load(),
+            "floods": self.report.floods,
+        }
 
     def advise(
         self, desired: Sequence[str], purge: Sequence[str], host: Sequence[str] | None = None
@@ -291,7 +297,7 @@ class GroupFront:
         if changed:
             self._resident_version += 1
             self._broadcast(encode(self.announcement()))
-        elif self.load() != self._told_load:
+        elif self._ping() != self._told:
             # Gateways without streams here get no batches, and would go by a load long past.
             self._tell_load()
 
@@ -345,8 +351,11 @@ class GroupFront:
                 gateway.send_bytes(data)
 
     def _tell_load(self) -> None:
-        self._told_load = self.load()
-        self._broadcast(encode({"t": "ping", "load": self._told_load}))
+        self._told = self._ping()
+        self._broadcast(encode(self._told))
+
+    def _ping(self) -> Frame:
+        return {"t": "ping", "load": self.load(), "floods": self.report.floods}
 
     async def _tick(self) -> None:
         """Pings gateways and drops silent ones."""
