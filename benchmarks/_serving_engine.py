@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from _local_packs import LocalPacks
 from _serving_load import NEW_TOKENS, DemoFacts, Round
@@ -12,11 +14,19 @@ from loraplex.workers import AdapterRef, Engine, EngineConfig, GenerationRequest
 
 _TENANT = "bench"
 
+# Adapter or base model, prompt, what was generated before, and how.
+Asked = tuple[str | None, tuple[int, ...], tuple[int, ...], SamplingParams]
+
 
 class EngineAlone:
-    """One engine over the demo model; close it at the end."""
+    """One engine over the demo model; close it at the end.
 
-    def __init__(self, demo: DemoFacts, folder: Path, threads: int):
+    Args:
+        folder: for the adapters' packs.
+        settings: others than the engine's own defaults.
+    """
+
+    def __init__(self, demo: DemoFacts, folder: Path, **settings: Any):
         base = BaseModel.from_folder(demo.model, demo.base_name)
         self._refs: dict[str | None, AdapterRef | None] = {None: None}
         paths: dict[str, Path] = {}
@@ -26,9 +36,7 @@ class EngineAlone:
             info = make_pack(config, source / "adapter_model.safetensors", base, path)
             ref = self._refs[name] = AdapterRef(_TENANT, info.digest)
             paths[ref.key] = path
-        config = EngineConfig(
-            str(demo.model), base_fingerprint=base.fingerprint, torch_threads=threads
-        )
+        config = EngineConfig(str(demo.model), base_fingerprint=base.fingerprint, **settings)
         self._engine = Engine(config, LocalPacks(paths))
 
     def run(self, round_: Round) -> tuple[list[list[int]], float]:
@@ -36,17 +44,27 @@ class EngineAlone:
         params = SamplingParams(
             max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True
         )
-        answers: list[list[int]] = [[] for _ in round_.requests]
         began = time.perf_counter()
-        for i, r in enumerate(round_.requests):
-            ref = self._refs[r.adapter]
-            self._engine.submit(GenerationRequest(str(i), r.prompt, params, _TENANT, ref))
+        answers = self.generate([(r.adapter, r.prompt, (), params) for r in round_.requests])
+        return answers, time.perf_counter() - began
+
+    def generate(self, asked: Sequence[Asked]) -> list[list[int]]:
+        """Submits all at once. Each one's new tokens.
+
+        Raises:
+            RuntimeError: one has failed.
+        """
+        answers: list[list[int]] = [[] for _ in asked]
+        for i, (adapter, prompt, output, params) in enumerate(asked):
+            ref = self._refs[adapter]
+            request = GenerationRequest(str(i), prompt, params, _TENANT, ref, output)
+            self._engine.submit(request)
         while self._engine.has_work():
             for out in self._engine.step():
                 answers[int(out.request_id)] += out.token_ids
                 if out.error is not None:
                     raise RuntimeError(f"request {out.request_id}: {out.error}")
-        return answers, time.perf_counter() - began
+        return answers
 
     def close(self) -> None:
         self._engine.close()

@@ -63,7 +63,7 @@ def in_process(
     of_adapter: Speeds = {}
     answers = []
     with tempfile.TemporaryDirectory() as folder:
-        engine = EngineAlone(demo, Path(folder), threads)
+        engine = EngineAlone(demo, Path(folder), torch_threads=threads)
         engine.run(warm_up)
         for number, round_ in enumerate(rounds):
             expected, by_adapter = models.one_by_one(round_)
