@@ -3,64 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import random
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
-import boto3.session
-from boto3.exceptions import Boto3Error
-from boto3.s3.transfer import S3Transfer, TransferConfig
-from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    HTTPClientError,
-    IncompleteReadError,
-)
-from s3transfer.exceptions import S3DownloadFailedError, S3ValidationError
+from botocore.exceptions import ClientError
 from urllib3.exceptions import HTTPError
 
 from .errors import Conflict, LimitExceeded, NotFound, PreconditionFailed
-from .s3_errors import status_of, translate
-from .store_requests import count_requests
+from .s3_client import ATTEMPTS, make_client, make_transfer, retried
+from .s3_errors import S3_ERRORS, status_of, translate
 
-T = TypeVar("T")
-
-CONNECT_TIMEOUT_S = 5.0
-READ_TIMEOUT_S = 60.0
-ATTEMPTS = 4  # of one request, with exponential backoff: about 7 s at worst when refused
 CONFLICT_ATTEMPTS = 5
-STREAM_ATTEMPTS = 3  # of a small body that breaks off
-CONNECTIONS = 32
 DELETE_THREADS = 8
-# Larger files travel in parts of this size, several at a time.
-PART_BYTES = 8 << 20
-PART_THREADS = 4
 CHUNK_BYTES = 1 << 20  # of a range, taken from the connection at a time
 _HEADERS = {
     "ServerSideEncryption": "x-amz-server-side-encryption",
     "SSEKMSKeyId": "x-amz-server-side-encryption-aws-kms-key-id",
 }
-
-_ERRORS = (
-    BotoCoreError,
-    ClientError,
-    Boto3Error,
-    HTTPError,
-    S3DownloadFailedError,
-    S3ValidationError,
-)
-
-_session_lock = threading.Lock()  # sessions, unlike clients, belong to one thread at a time
 
 
 @dataclass(frozen=True)
@@ -114,23 +81,7 @@ class ObjectStore:
             {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key} if kms_key else {}
         )
         self.put_headers = {_HEADERS[name]: value for name, value in self._encryption.items()}
-        self._client: Any = _make_client(
-            endpoint_url=endpoint,
-            aws_access_key_id=access_key,
-            aws_secret_access_key=secret_key,
-            region_name=region,
-            config=Config(
-                signature_version="s3v4",
-                connect_timeout=CONNECT_TIMEOUT_S,
-                read_timeout=READ_TIMEOUT_S,
-                max_pool_connections=CONNECTIONS,
-                retries={"mode": "standard", "total_max_attempts": attempts},
-                s3={"addressing_style": "path" if endpoint else "auto"},
-                # Not every compatible server knows the trailing checksums; packs carry their own.
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-            ),
-        )
+        self._client = make_client(endpoint, access_key, secret_key, region, attempts)
 
     def get(self, key: str) -> tuple[bytes, str]:
         """A small object's bytes and ETag. Raises NotFound."""
@@ -229,7 +180,7 @@ class ObjectStore:
             NotFound. PreconditionFailed: it was replaced meanwhile.
             OSError: the file can't be written.
         """
-        with self._translated("read", key), self._transfer() as transfer:
+        with self._translated("read", key), make_transfer(self._client) as transfer:
             transfer.download_file(self.bucket, self._prefix + key, str(path))
         return path.stat().st_size
 
@@ -241,55 +192,23 @@ class ObjectStore:
             OSError: the file can't be written.
         """
 
-        def read() -> None:
-            body = self._client.get_object(
-                Bucket=self.bucket,
-                Key=self._prefix + key,
-                Range=f"bytes={start}-{start + length - 1}",
-                IfMatch=etag,
-            )["Body"]
-            at = start
-            for data in body.iter_chunks(CHUNK_BYTES):
-                _write_at(fd, data, at)
-                at += len(data)
-            if at != start + length:
-                raise HTTPError(f"{at - start} bytes of {key} came where {length} were asked for")
-
-        with self._translated("read", key):
-            _retried(read)
+        self._read(key, etag, start, length, lambda at, data: _write_at(fd, data, start + at))
 
     def read_into(self, key: str, etag: str, start: int, view: memoryview) -> None:
         """Reads a part of an object, as long as `view`, into memory.
 
-        A body that breaks off is asked for again from where it broke.
-
         Raises:
             NotFound. PreconditionFailed: the object has another ETag by now.
         """
-        at = 0
 
-        def read() -> None:
-            nonlocal at
-            body = self._client.get_object(
-                Bucket=self.bucket,
-                Key=self._prefix + key,
-                Range=f"bytes={start + at}-{start + len(view) - 1}",
-                IfMatch=etag,
-            )["Body"]
-            for data in body.iter_chunks(CHUNK_BYTES):
-                if len(data) > len(view) - at:
-                    raise HTTPError(f"more of {key} came than the {len(view)} bytes asked for")
-                view[at : at + len(data)] = data
-                at += len(data)
-            if at != len(view):
-                raise HTTPError(f"{at} bytes of {key} came where {len(view)} were asked for")
+        def take(at: int, data: bytes) -> None:
+            view[at : at + len(data)] = data
 
-        with self._translated("read", key):
-            _retried(read)
+        self._read(key, etag, start, len(view), take)
 
     def upload(self, path: Path, key: str) -> None:
         """Writes a file to an object, in one step also when it travels in parts."""
-        with self._translated("write", key), self._transfer() as transfer:
+        with self._translated("write", key), make_transfer(self._client) as transfer:
             transfer.upload_file(
                 str(path), self.bucket, self._prefix + key, extra_args=self._encryption
             )
@@ -359,7 +278,33 @@ class ObjectStore:
             return found["Body"].read(), found["ETag"]
 
         with self._translated("read", key):
-            return _retried(read)
+            return retried(read)
+
+    def _read(
+        self, key: str, etag: str, start: int, length: int, take: Callable[[int, bytes], None]
+    ) -> None:
+        """Hands a part of an object over piece by piece, each with its place in the part. A body
+        that breaks off is asked for again from where it broke."""
+        at = 0
+
+        def read() -> None:
+            nonlocal at
+            body = self._client.get_object(
+                Bucket=self.bucket,
+                Key=self._prefix + key,
+                Range=f"bytes={start + at}-{start + length - 1}",
+                IfMatch=etag,
+            )["Body"]
+            for data in body.iter_chunks(CHUNK_BYTES):
+                if len(data) > length - at:
+                    raise HTTPError(f"more of {key} came than the {length} bytes asked for")
+                take(at, data)
+                at += len(data)
+            if at != length:
+                raise HTTPError(f"{at} bytes of {key} came where {length} were asked for")
+
+        with self._translated("read", key):
+            retried(read)
 
     def _pages(self, prefix: str, **options: str) -> Iterator[dict[str, Any]]:
         paginator = self._client.get_paginator("list_objects_v2")
@@ -367,17 +312,6 @@ class ObjectStore:
             yield from paginator.paginate(
                 Bucket=self.bucket, Prefix=self._prefix + prefix, **options
             )
-
-    def _transfer(self) -> S3Transfer:
-        # One each: its threads end with it, and idle ones cost memory in every process.
-        return S3Transfer(
-            self._client,
-            TransferConfig(
-                multipart_threshold=PART_BYTES,
-                multipart_chunksize=PART_BYTES,
-                max_concurrency=PART_THREADS,
-            ),
-        )
 
     def _where(self, key: str) -> str:
         return f"s3://{self.bucket}/{self._prefix}{key}"
@@ -387,7 +321,7 @@ class ObjectStore:
         """Turns boto's errors into ours."""
         try:
             yield
-        except _ERRORS as error:
+        except S3_ERRORS as error:
             server = self.endpoint or "AWS"
             raise translate(error, action, self._where(key), server, self.bucket) from error
 
@@ -397,26 +331,3 @@ def _write_at(fd: int, data: bytes, at: int) -> None:
     while view:
         n = os.pwrite(fd, view, at)
         view, at = view[n:], at + n
-
-
-def _make_client(**options: Any) -> Any:
-    # The session reads S3's whole service model: once a process, not once a store.
-    with _session_lock:
-        client = _session().client("s3", **options)
-    count_requests(client)
-    return client
-
-
-@functools.cache
-def _session() -> boto3.session.Session:
-    return boto3.session.Session()
-
-
-def _retried(read: Callable[[], T]) -> T:
-    """botocore retries requests, but not a body that breaks off while it is read."""
-    for attempt in range(STREAM_ATTEMPTS - 1):
-        try:
-            return read()
-        except (HTTPClientError, IncompleteReadError, HTTPError, OSError):
-            time.sleep(random.uniform(0, 0.1 * 2**attempt))
-    return read()

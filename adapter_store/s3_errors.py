@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from boto3.exceptions import S3UploadFailedError
-from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
-from s3transfer.exceptions import S3DownloadFailedError
+from boto3.exceptions import Boto3Error, S3UploadFailedError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+)
+from s3transfer.exceptions import S3DownloadFailedError, S3ValidationError
+from urllib3.exceptions import HTTPError
 
 from .errors import (
     Conflict,
@@ -15,6 +21,14 @@ from .errors import (
     StoreUnavailable,
 )
 
+S3_ERRORS = (
+    BotoCoreError,
+    ClientError,
+    Boto3Error,
+    HTTPError,
+    S3DownloadFailedError,
+    S3ValidationError,
+)
 _DENIED = {
     "AccessDenied",
     "InvalidAccessKeyId",

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 
 POLL_S = 0.1
+EMPTY_S = 10.0  # after the load, the engines must have nothing open by then
 
 
 @dataclass(frozen=True)
@@ -96,3 +100,17 @@ def _view(status: dict[str, Any]) -> View:
     open_requests = sum(g["running"] + g["queued"] for g in groups)
     by_name = {g["group"]: g for g in groups}
     return View(time.monotonic(), status["epoch"], serving, open_requests, by_name)
+
+
+def conclude(path: Path, fault: str, figures: dict[str, Any]) -> None:
+    """Prints a run's figures and keeps them beside those of other faults; exits with an error if
+    an answer was wrong or an engine still works on one."""
+    print(json.dumps(figures, indent=1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | {fault: figures}, indent=1) + "\n")
+    print(f"written to {path}")
+    if bad := figures["altered"] + figures["failed"]:
+        sys.exit(f"error: {bad} answers failed or were altered")
+    if figures["engines_empty_s"] is None:
+        sys.exit(f"error: engines had requests open {EMPTY_S:.0f} s after the last answer")

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _device import device_of
 from _engine_run import LARGE, TINY, BenchEngine, Shape, Spans
 from _moe_floors import Ceilings
 from _moe_timing import CudaClock, WallClock, kernels_of
@@ -138,12 +139,7 @@ def token_bytes(shape: Shape) -> float:
 
 def main() -> None:
     args = parse_args()
-    device = args.device or ("cpu" if args.tiny else "cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        if args.device:
-            sys.exit("error: --device cuda, but torch finds no CUDA device")
-        print("skipped: this measures a CUDA GPU, and torch finds none; --tiny runs on a CPU")
-        return
+    device = device_of(args)
     shape = TINY if args.tiny else LARGE
     batches = args.batches or shape.batches
     if max(batches) > max(shape.batches):

@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import platform
 import random
 import statistics
-import sys
 import time
 from datetime import date
 from importlib.metadata import version
@@ -33,6 +31,7 @@ from typing import Any
 import psutil
 from _failover_faults import FAULTS, Operator
 from _failover_load import Load, Tally, make_jobs
+from _failover_watch import EMPTY_S, conclude
 from _serving_http import service
 from _serving_load import DemoFacts
 
@@ -40,7 +39,6 @@ PACKAGES = ("loraplex", "ray", "torch")
 JOBS = 40
 # A gateway's death: the proxy may still send to it what comes within so long.
 NOTICED_S = 1.0
-EMPTY_S = 10.0  # after the load, the engines must have nothing open by then
 
 
 async def storm(
@@ -136,16 +134,8 @@ def main() -> None:
     with service(["--groups", str(args.groups)]) as facts:
         [root] = [c for c in psutil.Process().children() if "up" in c.cmdline()]
         figures = asyncio.run(storm(args, facts, root))
-    print(json.dumps(figures, indent=1))
     path = args.out or Path(__file__).parent / "results" / args.machine / "failover.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(known | {args.fault: figures}, indent=1) + "\n")
-    print(f"written to {path}")
-    if bad := figures["altered"] + figures["failed"]:
-        sys.exit(f"error: {bad} answers failed or were altered")
-    if figures["engines_empty_s"] is None:
-        sys.exit(f"error: engines had requests open {EMPTY_S:.0f} s after the last answer")
+    conclude(path, args.fault, figures)
 
 
 if __name__ == "__main__":

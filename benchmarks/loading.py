@@ -21,7 +21,6 @@ import argparse
 import json
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _device import device_of
 from _engine_run import LARGE, TINY
 from _loading_node import HostPacks, LoadingEngine, write_random_pack
 from _moe_timing import kernels_of
@@ -206,12 +206,7 @@ def measure_decode(bench: LoadingEngine, batch: int, steps: int) -> dict[str, An
 
 def main() -> None:
     args = parse_args()
-    device = args.device or ("cpu" if args.tiny else "cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        if args.device:
-            sys.exit("error: --device cuda, but torch finds no CUDA device")
-        print("skipped: this measures a CUDA GPU, and torch finds none; --tiny runs on a CPU")
-        return
+    device = device_of(args)
     random.seed(0)
     large = replace(LARGE, adapters=8, prefill=(1, 2048), steps=250, max_batch_tokens=2048)
     shape = replace(TINY, steps=60) if args.tiny else large

@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import platform
 import random
-import sys
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from _failover_load import Load, make_jobs
-from _failover_watch import Watch
+from _failover_watch import EMPTY_S, Watch, conclude
 from _nodes_cluster import GATEWAYS, Nodes, nodes_service
 from _nodes_runs import Run, node_deaths, scaling, updates
 from _serving_load import DemoFacts
@@ -36,7 +34,7 @@ PACKAGES = ("loraplex", "ray", "torch")
 FAULTS = ("node-kill", "node-stop", "scale", "update")
 JOBS = 20
 SLOTS = 2  # groups of one node
-EMPTY_S = 10.0  # after the load, the engines must have nothing open by then
+
 FEW, MANY = 1, 16  # clients, for one group and for more than three: a group decodes MAX_RUNNING
 MAX_RUNNING = 4
 
@@ -111,18 +109,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=JOBS, help="different requests")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    path = args.out or Path(__file__).parent / "results" / args.machine / "nodes.json"
     with nodes_service(args.nodes, SLOTS, **settings_of(args)) as (nodes, facts):
         figures = asyncio.run(storm(args, nodes, facts))
-    print(json.dumps(figures, indent=1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(known | {args.fault: figures}, indent=1) + "\n")
-    print(f"written to {path}")
-    if bad := figures["altered"] + figures["failed"]:
-        sys.exit(f"error: {bad} answers failed or were altered")
-    if figures["engines_empty_s"] is None:
-        sys.exit(f"error: engines had requests open {EMPTY_S:.0f} s after the last answer")
+    path = args.out or Path(__file__).parent / "results" / args.machine / "nodes.json"
+    conclude(path, args.fault, figures)
 
 
 if __name__ == "__main__":

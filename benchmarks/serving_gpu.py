@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
+from _device import device_of
 from _serving_gpu_client import Adapter
 from _serving_gpu_engine import measure_engine
 from _serving_gpu_plan import Plan
@@ -164,12 +164,7 @@ def measure(plan: Plan, haproxy: bool, limit_s: float) -> dict[str, Any]:
 
 def main() -> None:
     args = parse_args()
-    device = args.device or ("cpu" if args.tiny else "cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        if args.device:
-            sys.exit("error: --device cuda, but torch finds no CUDA device")
-        print("skipped: this measures a CUDA GPU, and torch finds none; --tiny runs on a CPU")
-        return
+    device = device_of(args)
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         plan = make_plan(args, Path(folder), device)
         free = shutil.disk_usage(folder).free
